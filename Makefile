@@ -1,0 +1,53 @@
+# The two commands of a newcomer: `make demo` and `make test`. Everything runs in .venv.
+
+PYTHON ?= python3
+UV_VERSION = 0.13.9
+BIN = .venv/bin
+RUN = $(BIN)/mlflow run . --env-manager local
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# MLflow starts a step in bash -c "python ...": that python must be the one of .venv.
+
+MODEL ?= cnn
+CPU_MINUTES ?= 10
+
+.PHONY: demo test venv sweep ui lint lock
+
+demo: venv
+	$(RUN) -P dataset=strokes -P n_train=8000 -P cpu_minutes=1
+
+sweep: venv
+	$(RUN) -e sweep -P model=$(MODEL) -P cpu_minutes=$(CPU_MINUTES)
+
+ui: venv
+	@echo "open http://127.0.0.1:5000/#/experiments/0/runs?workflowType=machine_learning"
+	$(BIN)/mlflow ui
+
+test: $(BIN)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(BIN)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+venv: $(BIN)/.installed
+
+# uv installs the lock in a tenth of pip's time, and is what `--env-manager uv` needs.
+$(BIN)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
+	"error: Python 3.11 to 3.13 is needed, but this is %d.%d: pass PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet uv==$(UV_VERSION)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt
+	touch $@
+
+$(BIN)/.dev: $(BIN)/.installed tests/requirements.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r tests/requirements.txt
+	touch $@
+
+# One lock for all platforms and Pythons; the tools' lock takes shared versions from it.
+COMPILE = $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
+	--generate-hashes --no-annotate --no-emit-index-url --custom-compile-command "make lock"
+lock: venv
+	$(COMPILE) pyproject.toml --output-file requirements.txt
+	$(COMPILE) --group dev --constraints requirements.txt --output-file tests/requirements.txt

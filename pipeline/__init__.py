@@ -1,0 +1,1 @@
+"""What one run does: prep, train, evaluate, compare, promote. Never imports ``sweeps``."""

@@ -1,0 +1,154 @@
+"""The command line of every step: parsed and checked before any CPU is spent.
+
+MLproject holds the defaults, so every option is required here. MLflow checks no types and hands
+undeclared ``-P name=value`` on as ``--name value``.
+"""
+
+import argparse
+import math
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from pipeline.spec import Param, Params, UserError
+
+Convert = Callable[[str, str], Any]  # (name, text) -> value
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog} takes --name value pairs, but {message}: see MLproject")
+
+
+def parse(
+    step: str, argv: Sequence[str], options: Mapping[str, Convert]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Parse ``--name value`` pairs: the declared ones converted, and the others as text."""
+    parser = _Parser(prog=step, allow_abbrev=False, add_help=False)
+    for name in options:
+        parser.add_argument(f"--{name}", required=True)
+    known, rest = parser.parse_known_args(argv)
+    values = {name: convert(name, getattr(known, name)) for name, convert in options.items()}
+    names, texts = rest[::2], rest[1::2]
+    if len(names) != len(texts) or not all(name.startswith("--") for name in names):
+        raise UserError(f"{step} takes --name value pairs, but {' '.join(rest)!r} came")
+    return values, dict(zip((name[2:] for name in names), texts, strict=True))
+
+
+def parse_all(step: str, argv: Sequence[str], options: Mapping[str, Convert]) -> dict[str, Any]:
+    """Parse as ``parse`` does, and refuse names that are not declared."""
+    values, extra = parse(step, argv, options)
+    for name in extra:
+        known = ", ".join(options)
+        raise UserError(f"{step} knows the parameters {known}, but {name!r} came: leave it out")
+    return values
+
+
+def text(name: str, value: str) -> str:
+    """Any text but an empty one."""
+    if not value.strip() or value == "''":  # MLflow passes an empty -P value on as ''
+        raise UserError(f"{name} must not be empty: pass -P {name}=VALUE, or leave it out")
+    return value
+
+
+def positive(name: str, value: str) -> float:
+    """A number above 0."""
+    number = _number(name, value)
+    if not (math.isfinite(number) and number > 0):
+        raise UserError(f"{name} must be a number above 0, but {value!r} came: pass -P {name}=10")
+    return number
+
+
+def seed(name: str, value: str) -> int:
+    """A whole number from 0 to 2^32 - 1."""
+    if not re.fullmatch(r"\d{1,10}", value) or int(value) >= 2**32:
+        raise UserError(
+            f"{name} must be a whole number from 0 to {2**32 - 1}, but {value!r} came: "
+            f"pass -P {name}=0"
+        )
+    return int(value)
+
+
+def n_train(name: str, value: str) -> int | None:
+    """A number of letters, at least 260, or ``all`` (None)."""
+    if value == "all":
+        return None
+    if not re.fullmatch(r"\d{1,9}", value) or int(value) < 260:
+        raise UserError(
+            f"{name} must be 'all' or a whole number of at least 260 letters, "
+            f"but {value!r} came: pass -P {name}=40000"
+        )
+    return int(value)
+
+
+def hyperparameters(model: str, space: Mapping[str, Param], given: Mapping[str, str]) -> Params:
+    """Every hyperparameter of ``space``: the given text converted and checked, else the default."""
+    for name in given:
+        if name not in space:
+            raise UserError(
+                f"the hyperparameters of {model} are {', '.join(space)}, "
+                f"but {name!r} came: pass one of these, or leave it out"
+            )
+    return {
+        name: _within(name, param, given[name]) if name in given else param.default
+        for name, param in space.items()
+    }
+
+
+def _number(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(
+            f"{name} must be a number, but {value!r} came: pass for example -P {name}=10"
+        ) from None
+
+
+def _within(name: str, param: Param, value: str) -> Any:
+    """Convert ``value`` by the type of its distribution, and refuse what lies outside."""
+    space = param.distribution
+    if isinstance(space, CategoricalDistribution):
+        for choice in space.choices:
+            if str(choice).lower() == value.lower():
+                return choice
+        rule = f"one of {', '.join(map(str, space.choices))}"
+    else:
+        assert isinstance(space, IntDistribution | FloatDistribution)
+        number = _number(name, value)
+        whole = isinstance(space, IntDistribution)
+        if space.low <= number <= space.high and (not whole or number == int(number)):
+            return int(number) if whole else number
+        rule = f"a {'whole ' if whole else ''}number from {space.low} to {space.high}"
+    raise UserError(
+        f"{name} must be {rule}, but {value!r} came: pass -P {name}={param.default}, its default"
+    )
+
+
+def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Run a step's ``main`` on the command line: a user's mistake is one sentence and exit code 2.
+
+    SIGTERM ends the step as Ctrl-C does, so that its runs are closed as KILLED.
+    """
+    # Set before TensorFlow is imported: without it every start prints a page of remarks.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped: the open runs are marked KILLED", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,76 @@
+"""Nearest neighbours. The defaults are the deck's: five neighbours on plain pixels."""
+
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from threadpoolctl import threadpool_limits
+
+from pipeline.spec import Fitted, Images, Param, Params, Part, Probabilities, Report
+
+PARAMS = {
+    "n_neighbors": Param(5, IntDistribution(1, 25)),
+    "weights": Param("distance", CategoricalDistribution(("uniform", "distance"))),
+    "deskew": Param(False, CategoricalDistribution((False, True))),
+    "blur": Param(0.0, FloatDistribution(0.0, 1.5, step=0.25)),  # pixels, standard deviation
+    "n_components": Param(0, IntDistribution(0, 100, step=20)),  # of PCA; 0 keeps the pixels
+}
+N_STEPS = 10  # rungs of the training letters; each costs as much as the next
+
+
+def fit(params: Params, train: Part, val: Part, seed: int, report: Report) -> Fitted:
+    """Search ``train`` tenth by tenth, report the accuracy on ``val`` after each.
+
+    A tenth is searched once only: its neighbours are merged with those found before, so that the
+    rungs cost nothing beside the whole search. ``seed`` is not needed: nothing is drawn.
+    """
+    from pipeline.models import _neighbours
+
+    with threadpool_limits(1):
+        embed = _neighbours.Embedding(params, train.images)
+        vectors, labels = embed(train.images), np.asarray(train.labels)
+        neighbours = _neighbours.Neighbours(embed(val.images), params["n_neighbors"])
+        bounds = np.linspace(0, len(labels), N_STEPS + 1).astype(int)
+        for step in range(1, N_STEPS + 1):
+            tenth = slice(bounds[step - 1], bounds[step])
+            neighbours.add(vectors[tenth], labels[tenth])
+            guess = neighbours.vote(params["weights"]).argmax(axis=1)
+            if report(step, float(np.mean(guess == val.labels))):
+                break
+    seen = Part(train.images[: bounds[step]], labels[: bounds[step]])
+    return Fitted(
+        predict=partial(_predict, params, embed, seen),
+        save_model=partial(_save_model, params, seen),
+        requirements=("scikit-learn", "scipy", "numpy"),
+        n_steps=N_STEPS,
+    )
+
+
+def _predict(params: Params, embed: Any, seen: Part, images: Images) -> Probabilities:
+    from pipeline.models import _neighbours
+
+    with threadpool_limits(1):
+        neighbours = _neighbours.Neighbours(embed(images), params["n_neighbors"])
+        neighbours.add(embed(seen.images), seen.labels)
+        return neighbours.vote(params["weights"])
+
+
+def _save_model(params: Params, seen: Part, path: str, **mlflow_arguments: Any) -> None:
+    """As an MLflow flavour's ``save_model``: the served file's source, its letters, its params."""
+    import mlflow.pyfunc
+
+    from pipeline.models import _neighbours
+
+    with tempfile.TemporaryDirectory() as folder:
+        letters = Path(folder) / "letters.npz"
+        np.savez_compressed(letters, images=seen.images, labels=seen.labels)
+        mlflow.pyfunc.save_model(
+            path,
+            python_model=_neighbours.__file__,
+            artifacts={"letters": str(letters)},
+            model_config=params,
+            **mlflow_arguments,
+        )

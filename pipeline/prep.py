@@ -1,0 +1,155 @@
+"""The step ``prep``: read or draw a data set's letters, split them into parts, keep them as files.
+
+mlflow run . -e prep -P dataset=strokes
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import cli, datasets, plots, registry, tracking
+from pipeline.spec import LETTERS, PARTS, Dataset, Part, Source, UserError
+
+OPTIONS: dict[str, cli.Convert] = {
+    "dataset": cli.text,
+    "archive": cli.text,
+    "n_train": cli.n_train,
+    "data_dir": cli.text,
+}
+
+
+def prepare(dataset: str, archive: str, n_train: int | None, data_dir: str) -> Dataset:
+    """The prepared data set; read and split only where no copy of the same content is found."""
+    return _prepare(dataset, archive, n_train, Path(data_dir))[0]
+
+
+def ensure(dataset: str, archive: str, n_train: int | None, data_dir: str) -> Dataset:
+    """As ``prepare``, for steps that come after: letters read anew get a run of their own."""
+    data, fresh = _prepare(dataset, archive, n_train, Path(data_dir))
+    if fresh:
+        with tracking.start("prep", adopt=False) as run:
+            log(run, data)
+    return data
+
+
+def find(data_dir: str, digest: str) -> Dataset:
+    """The prepared data set with this digest."""
+    for path in Path(data_dir).glob(f"*-{digest}/dataset.json"):
+        return Dataset.open(path.parent)
+    raise UserError(
+        f"the data set with digest {digest} must lie in {data_dir!r}, but it is not there: "
+        "run `mlflow run . -e prep` with the parameters of that run"
+    )
+
+
+def _prepare(
+    dataset: str, archive: str, n_train: int | None, data_dir: Path
+) -> tuple[Dataset, bool]:
+    source: Source = registry.load(datasets, dataset).source(archive, n_train)
+    key = _sha256(_canonical(_key_facts(dataset, n_train, source)))
+    for path in data_dir.glob(f"{dataset}-*/dataset.json"):
+        found = Dataset.open(path.parent)
+        if found.facts["key"] == key:
+            return found, False
+    parts = datasets.split(source.read(), n_train)
+    return _write(data_dir, dataset, source, key, parts), True
+
+
+def _key_facts(dataset: str, n_train: int | None, source: Source) -> dict[str, Any]:
+    """All that decides the content: the source, the parameters, and the code that reads them."""
+    folder = Path(datasets.__file__).parent
+    code = {path.name: _sha256(path.read_bytes()) for path in sorted(folder.glob("*.py"))}
+    return {"dataset": dataset, "n_train": n_train, "source": dict(source.facts), "code": code}
+
+
+def _write(
+    data_dir: Path, dataset: str, source: Source, key: str, parts: Mapping[str, Part]
+) -> Dataset:
+    """Write the arrays beside their folder's final place, then move it there in one step."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".prep-", dir=data_dir))
+    except OSError as error:
+        raise _unwritable(data_dir, error) from error
+    try:
+        sha256 = {
+            f"{part}_{name}": _save(scratch / f"{part}_{name}.npy", array)
+            for part, arrays in parts.items()
+            for name, array in arrays._asdict().items()
+        }
+        content = {"name": dataset, "official": source.official, "sha256": sha256}
+        digest = _sha256(_canonical(content))[:12]
+        facts = content | {
+            "digest": digest,
+            "title": source.title,
+            "key": key,
+            "counts": {part: len(arrays.labels) for part, arrays in parts.items()},
+            "letters": LETTERS,
+            "readers": PARTS,
+            "split_seed": datasets.SPLIT_SEED,
+            "source": dict(source.facts),
+        }
+        (scratch / "dataset.json").write_text(json.dumps(facts, indent=2) + "\n")
+        scratch.chmod(0o755)  # mkdtemp makes it private
+        root = data_dir / f"{dataset}-{digest}"
+        if root.exists():  # the same letters by other code: only the key is new
+            os.replace(scratch / "dataset.json", root / "dataset.json")
+        else:
+            scratch.rename(root)
+    except OSError as error:
+        raise _unwritable(data_dir, error) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return Dataset.open(root)
+
+
+def _unwritable(data_dir: Path, error: OSError) -> UserError:
+    return UserError(
+        f"prep must be able to write to its folder, but {str(data_dir)!r} answered "
+        f"'{error.strerror}': make room or pass -P data_dir=FOLDER"
+    )
+
+
+def _save(path: Path, array: np.ndarray[Any, Any]) -> str:
+    np.save(path, np.ascontiguousarray(array))
+    return _sha256(path.read_bytes())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _canonical(facts: Mapping[str, Any]) -> bytes:
+    return json.dumps(facts, sort_keys=True).encode()
+
+
+def log(run: tracking.Run, data: Dataset) -> None:
+    """Counts, digest and a contact sheet of a prepared data set."""
+    run.use_dataset(data)
+    run.name(f"prep · {data.name}")
+    run.metrics({f"n_{part}": count for part, count in data.facts["counts"].items()})
+    run.json("dataset.json", dict(data.facts))
+    run.figure("contact_sheet.png", plots.contact_sheet(data.part("train"), data.title))
+    counts = [[part, count, PARTS[part]] for part, count in data.facts["counts"].items()]
+    table = tracking.markdown(["part", "letters", "read by"], counts)
+    run.describe(f"**{data.title}**, digest `{data.digest}`\n\n{table}")
+
+
+def main(argv: Sequence[str]) -> None:
+    options = cli.parse_all("prep", argv, OPTIONS)
+    with tracking.start("prep") as run:
+        data = prepare(**options)
+        log(run, data)
+    counts = ", ".join(f"{count:,} {part}" for part, count in data.facts["counts"].items())
+    print(f"{data.title}: {counts} letters in {data.root}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

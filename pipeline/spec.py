@@ -1,0 +1,130 @@
+"""The nouns that the steps share. Imports nothing of ours.
+
+A *letter* is one 28x28 grey picture, upright, ink high on 0. A *part* is one of the four disjoint
+sets of letters of a data set; which step may read which part is said in ``PARTS``.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from optuna.distributions import BaseDistribution
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SIDE = 28  # pixels
+
+# part: the steps that read it
+PARTS = {
+    "train": "train, sweep",
+    "val": "train, sweep: what a study maximises",
+    "gate": "promote",
+    "test": "evaluate",
+}
+
+Images = npt.NDArray[np.uint8]  # (n, 28, 28)
+Labels = npt.NDArray[np.uint8]  # (n,), 0..25 for A..Z
+Probabilities = npt.NDArray[np.float32]  # (n, 26), rows sum to 1
+Params = dict[str, Any]
+
+# report(step, val_accuracy) -> True if the fit must stop here and return what it has.
+# A step is an epoch for the networks and a tenth of the training letters for KNN.
+Report = Callable[[int, float], bool]
+
+
+class UserError(Exception):
+    """A mistake that the user can mend, in one sentence: the rule, what came, the cure."""
+
+
+class Part(NamedTuple):
+    """Letters of one part, row i of one belonging to row i of the other."""
+
+    images: Images
+    labels: Labels
+
+
+class Letters(NamedTuple):
+    """What a data set file reads: all its letters, before they are split into parts.
+
+    As in EMNIST, the last ``len(test.labels)`` rows of ``train`` are the validation split ("gate").
+    """
+
+    train: Part
+    test: Part
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set's letters come from; made by ``source(archive, n_train)`` of its file.
+
+    Attributes:
+        title: names the data set beside every figure; says so where it is not the official one.
+        official: whether these are the letters that the data set's name promises.
+        facts: JSON values that pin the content, such as file digests; part of the cache key.
+        read: reads or draws all letters; costly, called only where no prepared copy is found.
+    """
+
+    title: str
+    official: bool
+    facts: Mapping[str, Any]
+    read: Callable[[], Letters]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared data set: a folder with ``dataset.json`` and one ``.npy`` file an array."""
+
+    root: Path
+    facts: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, root: Path) -> "Dataset":
+        """Open a folder that ``prep`` wrote."""
+        return cls(root, json.loads((root / "dataset.json").read_text()))
+
+    @property
+    def name(self) -> str:
+        return str(self.facts["name"])
+
+    @property
+    def title(self) -> str:
+        return str(self.facts["title"])
+
+    @property
+    def digest(self) -> str:
+        return str(self.facts["digest"])
+
+    def part(self, name: str) -> Part:
+        """One part, memory-mapped, so that processes share its pages."""
+        images, labels = (
+            np.load(self.root / f"{name}_{array}.npy", mmap_mode="r") for array in Part._fields
+        )
+        return Part(images, labels)
+
+
+class Param(NamedTuple):
+    """A hyperparameter: the deck's value, and the range a study searches and ``train`` accepts."""
+
+    default: Any
+    distribution: BaseDistribution
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained model, ready to answer and to be logged.
+
+    Attributes:
+        predict: letters in (n, 28, 28) uint8, probabilities out (n, 26) float32.
+        save_model: stores it as an MLflow model, with the arguments of a flavour's ``save_model``:
+            path, mlflow_model, signature, input_example, pip_requirements.
+        n_steps: steps of a whole fit, which is more than were done where ``report`` stopped it.
+        requirements: distributions that the logged model needs; versions come from the lock.
+    """
+
+    predict: Callable[[Images], Probabilities]
+    save_model: Callable[..., None]
+    requirements: tuple[str, ...]
+    n_steps: int

@@ -1,0 +1,301 @@
+"""What every run records, said once; the only place that writes to MLflow.
+
+Runs are written through ``MlflowClient`` with explicit run ids, never through the fluent API, so
+that several runs can be open at once.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import requests
+from matplotlib.figure import Figure
+from mlflow.entities import Dataset as DatasetEntity
+from mlflow.entities import DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
+from mlflow.entities import Run as RunEntity
+from mlflow.models import Model, ModelSignature
+from mlflow.types.schema import Schema, TensorSpec
+
+from pipeline.spec import LETTERS, SIDE, Dataset, Fitted, Images, UserError
+
+REGISTERED_MODEL = "letters"
+SIGNATURE = ModelSignature(
+    inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, SIDE, SIDE), "letters")]),
+    outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(LETTERS)), "probabilities")]),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One open MLflow run."""
+
+    client: mlflow.MlflowClient
+    id: str
+    experiment_id: str
+
+    def name(self, name: str) -> None:
+        self.client.update_run(self.id, name=name)
+
+    def describe(self, markdown: str) -> None:
+        """Set the description, which the MLflow UI shows on the run's page."""
+        self.tags({"mlflow.note.content": markdown})
+
+    def tags(self, tags: Mapping[str, Any]) -> None:
+        entries = [RunTag(key, str(value)) for key, value in tags.items()]
+        self.client.log_batch(self.id, tags=entries)
+
+    def params(self, params: Mapping[str, Any]) -> None:
+        """Log params, but for those that ``mlflow run`` has logged before us as they were typed."""
+        there = self.client.get_run(self.id).data.params
+        entries = [Param(key, str(value)) for key, value in params.items() if key not in there]
+        self.client.log_batch(self.id, params=entries)
+
+    def metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        now = int(time.time() * 1000)
+        entries = [Metric(key, float(value), now, step) for key, value in metrics.items()]
+        self.client.log_batch(self.id, metrics=entries)
+
+    def figure(self, name: str, figure: Figure) -> None:
+        self.client.log_figure(self.id, figure, name, save_kwargs={"dpi": 110})
+
+    def json(self, name: str, value: Mapping[str, Any]) -> None:
+        self.client.log_dict(self.id, dict(value), name)
+
+    def csv(self, name: str, frame: pd.DataFrame) -> None:
+        self.client.log_text(self.id, frame.to_csv(index=False), name)
+
+    def text(self, name: str, text: str) -> None:
+        self.client.log_text(self.id, text, name)
+
+    def use_dataset(self, data: Dataset, part: str | None = None) -> None:
+        """Record the data set as the run's input, with the digest of all its content."""
+        entity = DatasetEntity(
+            name=data.name,
+            digest=data.digest,  # MLflow's own digest of an array sees a few images only
+            source_type="local",
+            source=json.dumps({"uri": str(data.root)}),
+            profile=json.dumps(data.facts["counts"]),
+        )
+        context = [InputTag("mlflow.data.context", part)] if part else []
+        self.client.log_inputs(self.id, [DatasetInput(entity, context)])
+        self.tags(
+            {
+                "dataset": data.name,
+                "dataset_title": data.title,
+                "dataset_digest": data.digest,
+                "dataset_official": str(data.facts["official"]).lower(),
+            }
+        )
+
+    def log_model(self, fitted: Fitted, example: Images, step: int) -> str:
+        """Log a model with signature and pinned requirements; gives its ``models:/`` address.
+
+        Requirements are given, since MLflow would import the model anew in a process of its own to
+        infer them: 5 to 8 CPU-seconds, against 0.1.
+        """
+
+        class Flavor:
+            """What ``Model.log`` wants of a flavour, less the option that flavours refuse."""
+
+            @staticmethod
+            def save_model(validate_serving_input: bool, **arguments: Any) -> None:
+                fitted.save_model(**arguments)
+
+        info = Model.log(
+            artifact_path=None,
+            name="model",
+            flavor=Flavor,
+            run_id=self.id,
+            step=step,
+            signature=SIGNATURE,
+            input_example=example,
+            validate_serving_input=False,  # it would load the model anew, at each trial's cost
+            pip_requirements=requirements(fitted.requirements),
+        )
+        self.tags({"model_uri": info.model_uri})
+        return str(info.model_uri)
+
+    def link_model(self, model_uri: str) -> None:
+        """Show a model that another run logged as an output of this one too."""
+        model_id = model_uri.removeprefix("models:/")
+        self.client.log_outputs(self.id, [LoggedModelOutput(model_id, step=0)])
+        self.tags({"model_uri": model_uri})
+
+
+@contextmanager
+def start(step: str, parent: Run | None = None, adopt: bool = True) -> Iterator[Run]:
+    """Open a run for one step or trial and close it whatever happens: none is left RUNNING.
+
+    FINISHED where the block ends, KILLED where it is interrupted, FAILED, with the error as tag and
+    the traceback as artifact, where it raises. The run that ``mlflow run`` made is adopted.
+    """
+    client = connect() if parent is None else parent.client
+    given = os.environ.pop("MLFLOW_RUN_ID", None) if parent is None and adopt else None
+    if given:
+        entity = client.get_run(given)
+    else:
+        home = parent.experiment_id if parent else experiment_id(client)
+        tags = {"mlflow.parentRunId": parent.id} if parent else {}
+        tags |= {"mlflow.source.name": step, "mlflow.source.type": "LOCAL"}
+        entity = client.create_run(home, tags=tags, run_name=step)
+    run = Run(client, entity.info.run_id, entity.info.experiment_id)
+    status = "KILLED"
+    try:
+        run.tags({"step": step} | environment_tags())
+        yield run
+        status = "FINISHED"
+    except Exception as error:
+        status = "FAILED"
+        run.tags({"error": f"{type(error).__name__}: {error}"[:500]})
+        run.text("traceback.txt", traceback.format_exc())
+        raise
+    finally:
+        client.set_terminated(run.id, status)
+
+
+def connect() -> mlflow.MlflowClient:
+    """A client of the tracking store; one clear sentence where a server does not answer."""
+    uri = mlflow.get_tracking_uri()
+    if uri.startswith("http"):
+        # MLflow itself would retry for minutes before it says so.
+        try:
+            requests.get(f"{uri.rstrip('/')}/health", timeout=10).raise_for_status()
+        except requests.RequestException as error:
+            raise UserError(
+                f"the tracking server must answer, but {uri} gave {type(error).__name__}: "
+                "start it, correct MLFLOW_TRACKING_URI, or unset it to track in ./mlflow.db"
+            ) from error
+    return mlflow.MlflowClient()
+
+
+def experiment_id(client: mlflow.MlflowClient) -> str:
+    """The experiment that ``mlflow run`` would use: by id, by name, else the default one."""
+    if given := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        return given
+    if name := os.environ.get("MLFLOW_EXPERIMENT_NAME"):
+        found = client.get_experiment_by_name(name)
+        return str(found.experiment_id if found else client.create_experiment(name))
+    return "0"
+
+
+def environment_tags() -> dict[str, str]:
+    """What a figure depends on beside params and data: code, versions, processor, threads."""
+    libraries = ("tensorflow", "keras", "scikit-learn", "numpy", "mlflow", "optuna")
+    versions = " ".join(f"{name}={version(name)}" for name in libraries)
+    return {
+        "git_commit": _git("rev-parse", "HEAD") or "none",
+        "git_dirty": str(bool(_git("status", "--porcelain"))).lower(),
+        "versions": f"python={platform.python_version()} {versions}",
+        "cpu_model": _cpu_model(),
+        "threads": "1",
+        "precision": "float32",
+    }
+
+
+def version(name: str) -> str:
+    """Installed version of a distribution."""
+    return importlib.metadata.version(_distribution(name))
+
+
+def requirements(names: Sequence[str]) -> list[str]:
+    """Exact pip requirements of these distributions, as installed, which is as locked."""
+    return [f"{_distribution(name)}=={version(name)}" for name in names]
+
+
+def get_run(client: mlflow.MlflowClient, run_id: str) -> RunEntity:
+    """The run with this id; an unknown id is a ``UserError``."""
+    try:
+        return client.get_run(run_id)
+    except mlflow.MlflowException as error:
+        raise UserError(
+            f"run_id must name a run of the tracking store, but {run_id!r} came: "
+            "copy the id from the run's page in the MLflow UI"
+        ) from error
+
+
+def latest_runs(client: mlflow.MlflowClient, step: str, **tags: str) -> list[RunEntity]:
+    """Finished runs of a step with these tags, the latest first."""
+    conditions = [f"tags.{key} = '{value}'" for key, value in {"step": step, **tags}.items()]
+    return list(
+        client.search_runs(
+            [experiment_id(client)],
+            " and ".join(["attributes.status = 'FINISHED'", *conditions]),
+            order_by=["attributes.start_time DESC"],
+        )
+    )
+
+
+def latest_sweeps(client: mlflow.MlflowClient, digest: str) -> dict[str, RunEntity]:
+    """The latest finished sweep of each model on one data set, ``latest`` being the last one's."""
+    if digest == "latest":
+        runs = latest_runs(client, "sweep")
+        digest = runs[0].data.tags["dataset_digest"] if runs else digest
+    runs = latest_runs(client, "sweep", dataset_digest=digest)
+    if not runs:
+        raise UserError(
+            f"a finished sweep is needed first, but none on data set {digest!r} was found: "
+            "run `mlflow run . -e sweep -P model=knn`"
+        )
+    return {run.data.tags["model"]: run for run in reversed(runs)}
+
+
+def model_mb(model_uri: str) -> float:
+    """Megabytes (10^6 bytes) of a logged model's files."""
+    size = Model.load(model_uri).model_size_bytes or 0
+    return float(size / 1e6)
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A markdown table, padded so that it reads well in a terminal too."""
+    cells = [[str(cell) for cell in row] for row in [columns, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    lines = [
+        " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in cells
+    ]
+    rule = " | ".join("-" * width for width in widths)
+    return "\n".join(f"| {line} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def ui_hint(experiment: str) -> str:
+    """How to look at the runs: MLflow opens another view than the runs table unless told so."""
+    place = f"/#/experiments/{experiment}/runs?workflowType=machine_learning"
+    return f"look at the runs: `mlflow ui`, then http://127.0.0.1:5000{place}"
+
+
+def _distribution(name: str) -> str:
+    """TensorFlow is installed as its CPU build where there is one."""
+    if name != "tensorflow":
+        return name
+    try:
+        importlib.metadata.distribution("tensorflow-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return name
+    return "tensorflow-cpu"
+
+
+def _git(*arguments: str) -> str:
+    """Output of a git command in the project's folder; empty where there is no repository."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,100 @@
+"""The step ``train``: fit one model with given hyperparameters, the others at their defaults.
+
+mlflow run . -e train -P model=cnn -P learning_rate=0.002
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline import cli, models, plots, prep, registry, tracking
+from pipeline.spec import LETTERS, Dataset, Images, Params, Part, Report
+
+OPTIONS = prep.OPTIONS | {"model": cli.text, "seed": cli.seed}
+
+
+class Trained(NamedTuple):
+    """What a fit left behind; ``val_accuracy`` and ``step`` are those of the logged model."""
+
+    val_accuracy: float
+    step: int
+    whole: bool  # no step was left to do
+    model_uri: str
+
+
+def train(
+    run: tracking.Run, model: str, params: Params, data: Dataset, seed: int, report: Report
+) -> Trained:
+    """Fit a model and log it: params, accuracy by step, costs, data set, model, learning curve.
+
+    ``report`` is asked after every step whether to stop; the model that is kept is the last one.
+    Raises whatever the model's ``fit`` raises.
+    """
+    run.params(params | {"model": model, "seed": seed})
+    run.tags({"model": model})
+    run.use_dataset(data, "train")
+    started, began = time.process_time(), time.perf_counter()
+    curve: dict[int, float] = {}
+    seconds: dict[int, float] = {}
+
+    def note(step: int, val_accuracy: float) -> bool:
+        curve[step] = val_accuracy
+        seconds[step] = time.process_time() - started
+        run.metrics({"val_accuracy": val_accuracy, "fit_cpu_seconds": seconds[step]}, step)
+        return report(step, val_accuracy)
+
+    train_part, val = data.part("train"), data.part("val")
+    fitted = registry.load(models, model).fit(params, train_part, val, seed, note)
+    if not curve:
+        raise RuntimeError(f"the model {model} must report at least one step, but reported none")
+    last = max(curve)
+    model_uri = run.log_model(fitted, one_of_each(train_part), step=last)
+    run.metrics(
+        {
+            "cpu_seconds": time.process_time() - started,
+            "wall_seconds": time.perf_counter() - began,
+            "peak_rss_mb": peak_rss_mb(),
+            "model_mb": tracking.model_mb(model_uri),
+        },
+        last,
+    )
+    run.figure("learning_curve.png", plots.learning_curve(curve, f"{model} on {data.title}"))
+    return Trained(curve[last], last, last == fitted.n_steps, model_uri)
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, in megabytes (10^6 bytes)."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, else in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def one_of_each(part: Part) -> Images:
+    """The first letter of each kind: A to Z, (26, 28, 28)."""
+    return np.stack([part.images[np.argmax(part.labels == i)] for i in range(len(LETTERS))])
+
+
+def main(argv: Sequence[str]) -> None:
+    options, given = cli.parse("train", argv, OPTIONS)
+    model, seed = options.pop("model"), options.pop("seed")
+    params = cli.hyperparameters(model, registry.load(models, model).PARAMS, given)
+    with tracking.start("train") as run:
+        data = prep.ensure(**options)
+        result = train(run, model, params, data, seed, lambda step, val_accuracy: False)
+        run.name(f"{model} · {result.val_accuracy:.1%}")
+        example = one_of_each(data.part("train"))
+        run.figure("input_example.png", plots.letters(example, list(LETTERS), data.title))
+        table = tracking.markdown(["hyperparameter", "value"], list(params.items()))
+        run.describe(
+            f"**{model}** on {data.title}: {result.val_accuracy:.2%} on val "
+            f"after step {result.step}\n\n{table}"
+        )
+    print(f"{model}: val_accuracy {result.val_accuracy:.4f}, run {run.id}, {result.model_uri}")
+    print(tracking.ui_hint(run.experiment_id))
+
+
+if __name__ == "__main__":
+    cli.run(main)

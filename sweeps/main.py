@@ -1,0 +1,65 @@
+"""The step ``main``: prep, a sweep of each model, evaluate and compare, promote.
+
+    mlflow run . -P dataset=strokes -P cpu_minutes=2
+
+Every step is an ``mlflow run`` of its own, nested under this one's, as a user would type it:
+a sweep starts in a fresh process, whose CPU-seconds are its own.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlflow
+from mlflow.exceptions import ExecutionException
+
+from pipeline import cli, models, registry, tracking
+from pipeline.spec import UserError
+from sweeps.sweep import OPTIONS as SWEEP_OPTIONS
+
+OPTIONS: dict[str, cli.Convert] = {
+    name: convert for name, convert in SWEEP_OPTIONS.items() if name != "model"
+} | {"models": cli.text}
+PROJECT = Path(__file__).parent.parent
+
+
+def parse_models(names: str) -> list[str]:
+    """Names of models, separated by commas, or ``all``."""
+    if names == "all":
+        return registry.names(models)
+    for name in names.split(","):
+        registry.load(models, name)
+    return names.split(",")
+
+
+def step(entry_point: str, **parameters: object) -> None:
+    """Run one step, nested under the active run."""
+    print(f"\n== {entry_point} {parameters.get('model', '')}", flush=True)
+    given = {name: "all" if value is None else str(value) for name, value in parameters.items()}
+    try:
+        # The environment is the one that we run in: MLflow would make a new one otherwise.
+        mlflow.projects.run(  # type: ignore[no-untyped-call]
+            str(PROJECT), entry_point, parameters=given, env_manager="local"
+        )
+    except ExecutionException as error:
+        raise UserError(
+            f"every step must succeed, but {entry_point} failed: its own message is above"
+        ) from error
+
+
+def main(argv: Sequence[str]) -> None:
+    options = cli.parse_all("main", argv, OPTIONS)
+    names = parse_models(options.pop("models"))
+    data_dir = options["data_dir"]
+    data = {name: options[name] for name in ("dataset", "archive", "n_train", "data_dir")}
+    # The fluent run is what MLflow takes for the parent of the nested ones.
+    with tracking.start("main") as run, mlflow.start_run(run.id):
+        run.name("main · " + ", ".join(names))
+        step("prep", **data)
+        for name in names:
+            step("sweep", model=name, **options)
+        step("compare", dataset_digest="latest", data_dir=data_dir)
+        step("promote", run_id="best")
+
+
+if __name__ == "__main__":
+    cli.run(main)
