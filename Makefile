@@ -13,7 +13,7 @@ CPU_MINUTES ?= 10
 .PHONY: demo test venv sweep ui lint lock
 
 demo: venv
-	$(RUN) -P dataset=strokes -P n_train=8000 -P cpu_minutes=1
+	$(RUN) -P dataset=strokes -P n_train=8000 -P cpu_minutes=2
 
 sweep: venv
 	$(RUN) -e sweep -P model=$(MODEL) -P cpu_minutes=$(CPU_MINUTES)

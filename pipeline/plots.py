@@ -34,7 +34,7 @@ def contact_sheet(part: Part, title: str, columns: int = 30) -> Figure:
 
 def letters(images: Images, captions: Sequence[str], title: str, columns: int = 10) -> Figure:
     """Letters (n, 28, 28) on a grid, a caption under each."""
-    rows = -(-len(images) // columns)
+    rows = max(1, -(-len(images) // columns))
     figure = Figure(figsize=(columns * 0.95, rows * 1.25 + 0.5), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid:
@@ -106,7 +106,7 @@ def comparison(table: pd.DataFrame, title: str) -> Figure:
     axes.bar_label(deck, fmt="%.0f", padding=3)
     axes.set_xticks(x, [str(name).upper() for name in table["model"]])
     axes.set_ylim(max(0, 10 * np.floor(np.nanmin(accuracy) / 10 - 2)), 104)
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside lower right", ncols=2)
     return figure
 
 
@@ -120,10 +120,8 @@ def best_so_far(trials: pd.DataFrame, title: str) -> Figure:
         axes.scatter(
             rows["spent_cpu_seconds"], rows["val_accuracy"], marker=marker, label=str(state)
         )
-    axes.step(
-        trials["spent_cpu_seconds"], trials["val_accuracy"].cummax(), where="post", color=RED,
-        label="best so far",
-    )  # fmt: skip
+    best = trials["val_accuracy"].cummax().ffill()  # no gap where a trial failed
+    axes.step(trials["spent_cpu_seconds"], best, where="post", color=RED, label="best so far")
     axes.legend(frameon=False)
     return figure
 

@@ -35,7 +35,7 @@ def promote(run: tracking.Run, source: RunEntity) -> str:
         version = mlflow.register_model(tags["model_uri"], REGISTERED_MODEL).version
         note: dict[str, str] = {
             key: tags[key]
-            for key in ("model", "dataset_title", "dataset_digest", "git_commit")
+            for key in ("model_uri", "model", "dataset_title", "dataset_digest", "git_commit")
             if key in tags
         }
         note |= {"run_id": source.info.run_id, "val_accuracy": _val_accuracy(source)}
@@ -58,9 +58,8 @@ def _val_accuracy(source: RunEntity) -> str:
 
 def _version(client: Any, model_uri: str) -> str | None:
     """The version under which this very model is registered already."""
-    model_id = model_uri.removeprefix("models:/")
     for version in client.search_model_versions(f"name = '{REGISTERED_MODEL}'"):
-        if version.model_id == model_id:
+        if version.tags.get("model_uri") == model_uri:
             return str(version.version)
     return None
 

@@ -31,9 +31,10 @@ from mlflow.types.schema import Schema, TensorSpec
 from pipeline.spec import LETTERS, SIDE, Dataset, Fitted, Images, UserError
 
 REGISTERED_MODEL = "letters"
+# Unnamed: MLflow would hand named tensors on as a dict.
 SIGNATURE = ModelSignature(
-    inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, SIDE, SIDE), "letters")]),
-    outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(LETTERS)), "probabilities")]),
+    inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, SIDE, SIDE))]),
+    outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(LETTERS)))]),
 )
 
 

@@ -2,8 +2,8 @@
 
     mlflow run . -P dataset=strokes -P cpu_minutes=2
 
-Every step is an ``mlflow run`` of its own, nested under this one's, as a user would type it:
-a sweep starts in a fresh process, whose CPU-seconds are its own.
+Every step is an ``mlflow run`` of its own, as a user would type it: a sweep starts in a fresh
+process, whose CPU-seconds are its own, and stands in the MLflow UI beside the others.
 """
 
 from collections.abc import Sequence
@@ -31,19 +31,20 @@ def parse_models(names: str) -> list[str]:
     return names.split(",")
 
 
-def step(entry_point: str, **parameters: object) -> None:
-    """Run one step, nested under the active run."""
+def step(entry_point: str, **parameters: object) -> str:
+    """Run one step to its end; gives the id of its run."""
     print(f"\n== {entry_point} {parameters.get('model', '')}", flush=True)
     given = {name: "all" if value is None else str(value) for name, value in parameters.items()}
     try:
         # The environment is the one that we run in: MLflow would make a new one otherwise.
-        mlflow.projects.run(  # type: ignore[no-untyped-call]
+        done = mlflow.projects.run(  # type: ignore[no-untyped-call]
             str(PROJECT), entry_point, parameters=given, env_manager="local"
         )
     except ExecutionException as error:
         raise UserError(
             f"every step must succeed, but {entry_point} failed: its own message is above"
         ) from error
+    return str(done.run_id)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -51,14 +52,16 @@ def main(argv: Sequence[str]) -> None:
     names = parse_models(options.pop("models"))
     data_dir = options["data_dir"]
     data = {name: options[name] for name in ("dataset", "archive", "n_train", "data_dir")}
-    # The fluent run is what MLflow takes for the parent of the nested ones.
-    with tracking.start("main") as run, mlflow.start_run(run.id):
+    with tracking.start("main") as run:
         run.name("main · " + ", ".join(names))
         step("prep", **data)
         for name in names:
             step("sweep", model=name, **options)
-        step("compare", dataset_digest="latest", data_dir=data_dir)
+        comparison = step("compare", dataset_digest="latest", data_dir=data_dir)
         step("promote", run_id="best")
+        table = run.client.get_run(comparison).data.tags["mlflow.note.content"]
+        run.describe(table)
+    print(f"\n{table}\n\n{tracking.ui_hint(run.experiment_id)}")
 
 
 if __name__ == "__main__":

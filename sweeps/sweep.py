@@ -40,11 +40,9 @@ def search_model(
             bar.n = min(round(outcome.spent_cpu_seconds), round(budget.total))
             bar.set_postfix_str(f"best {best(outcomes):.2%}")
             tqdm.write(line(model, outcome, budget))
+            # Best and bill so far, by trial: the last values are the sweep's own.
             run.metrics(
-                {
-                    "best_val_accuracy": best(outcomes),
-                    "spent_cpu_seconds": outcome.spent_cpu_seconds,
-                },
+                {"val_accuracy": best(outcomes), "cpu_seconds": outcome.spent_cpu_seconds},
                 trial.number,
             )
             if len(outcomes) == MAX_FAILURES and all(o.state == "failed" for o in outcomes):
@@ -116,12 +114,12 @@ def finish(
     spent, fit = budget.spent(), sum(outcome.fit_cpu_seconds for outcome in outcomes)
     run.metrics(
         {
-            "val_accuracy": winner.val_accuracy or 0.0,
             "n_trials": len(outcomes),
             "cpu_seconds": spent,
             "fit_cpu_seconds": fit,
             "overhead_cpu_seconds": spent - fit,
-        }
+        },
+        len(outcomes),
     )
     return winner
 

@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
     error: str | None
 
 
-class _Referee:
+class Referee:
     """Answers ``report``: whether a trial must stop, because of the pruner or of its grant."""
 
     def __init__(self, trial: optuna.Trial, budget: Budget) -> None:
@@ -62,7 +62,7 @@ def run_trial(
     budget: Budget,
 ) -> Outcome:
     """Fit and log one trial as a child run of ``parent``; a failure is an outcome too."""
-    referee = _Referee(trial, budget)
+    referee = Referee(trial, budget)
     result = error = None
     run_id = ""
     try:

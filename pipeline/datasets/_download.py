@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from pipeline.spec import UserError
 
-WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before the second, third, ... try
-TIMEOUT = (10.0, 30.0)  # seconds: to connect, between two packets
+WAITS = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth try
+TIMEOUT = (5.0, 30.0)  # seconds: to connect, between two packets
 MAX_BYTES = 2_000_000_000  # of an archive, a member or an array: far above EMNIST, below harm
 BROKEN = (  # what reading a broken zip raises
     zipfile.BadZipFile,

@@ -19,19 +19,27 @@ N_LETTERS = 26
 
 
 class Embedding:
-    """From letters (n, 28, 28) uint8 to vectors (n, d) float32, fitted on the training letters."""
+    """From letters (n, 28, 28) uint8 to vectors (n, d) float32.
 
-    def __init__(self, params: dict[str, Any], images: npt.NDArray[np.uint8]) -> None:
-        self.params = params
-        self.pca: PCA | None = None
+    ``axes`` (d, 784) are PCA's, none without it; distances need no centring, so there is no mean.
+    """
+
+    def __init__(self, params: dict[str, Any], axes: Floats) -> None:
+        self.params, self.axes = params, axes
+
+    @classmethod
+    def fit(cls, params: dict[str, Any], images: npt.NDArray[np.uint8]) -> "Embedding":
+        """Find the axes of the training letters."""
+        embed = cls(params, np.empty((0, images[0].size), np.float32))
         if n_components := params["n_components"]:
-            pixels = self._pixels(images)
-            self.pca = PCA(min(n_components, *pixels.shape), random_state=0).fit(pixels)
+            pixels = embed(images)
+            pca = PCA(min(n_components, *pixels.shape), random_state=0).fit(pixels)
+            embed.axes = pca.components_.astype(np.float32)
+        return embed
 
     def __call__(self, images: npt.NDArray[np.uint8]) -> Floats:
         pixels = self._pixels(images)  # (n, 784)
-        vectors: Floats = self.pca.transform(pixels) if self.pca else pixels
-        return np.ascontiguousarray(vectors, dtype=np.float32)
+        return pixels @ self.axes.T if len(self.axes) else pixels
 
     def _pixels(self, images: npt.NDArray[np.uint8]) -> Floats:
         pixels: Floats = np.asarray(images, dtype=np.float32) / np.float32(255)
@@ -103,8 +111,8 @@ class ServedNeighbours(PythonModel):
     def load_context(self, context: Any) -> None:
         self.params = context.model_config
         with np.load(context.artifacts["letters"]) as letters:
-            images, self.labels = letters["images"], letters["labels"]
-        self.embed = Embedding(self.params, images)
+            images, self.labels, axes = (letters[name] for name in ("images", "labels", "axes"))
+        self.embed = Embedding(self.params, axes)
         self.vectors = self.embed(images)
 
     # MLflow reads this type hint: for another one it would make a schema beside the signature.

@@ -30,7 +30,7 @@ def fit(params: Params, train: Part, val: Part, seed: int, report: Report) -> Fi
     from pipeline.models import _neighbours
 
     with threadpool_limits(1):
-        embed = _neighbours.Embedding(params, train.images)
+        embed = _neighbours.Embedding.fit(params, train.images)
         vectors, labels = embed(train.images), np.asarray(train.labels)
         neighbours = _neighbours.Neighbours(embed(val.images), params["n_neighbors"])
         bounds = np.linspace(0, len(labels), N_STEPS + 1).astype(int)
@@ -43,7 +43,7 @@ def fit(params: Params, train: Part, val: Part, seed: int, report: Report) -> Fi
     seen = Part(train.images[: bounds[step]], labels[: bounds[step]])
     return Fitted(
         predict=partial(_predict, params, embed, seen),
-        save_model=partial(_save_model, params, seen),
+        save_model=partial(_save_model, params, embed.axes, seen),
         requirements=("scikit-learn", "scipy", "numpy"),
         n_steps=N_STEPS,
     )
@@ -58,7 +58,7 @@ def _predict(params: Params, embed: Any, seen: Part, images: Images) -> Probabil
         return neighbours.vote(params["weights"])
 
 
-def _save_model(params: Params, seen: Part, path: str, **mlflow_arguments: Any) -> None:
+def _save_model(params: Params, axes: Any, seen: Part, path: str, **mlflow_arguments: Any) -> None:
     """As an MLflow flavour's ``save_model``: the served file's source, its letters, its params."""
     import mlflow.pyfunc
 
@@ -66,7 +66,7 @@ def _save_model(params: Params, seen: Part, path: str, **mlflow_arguments: Any) 
 
     with tempfile.TemporaryDirectory() as folder:
         letters = Path(folder) / "letters.npz"
-        np.savez_compressed(letters, images=seen.images, labels=seen.labels)
+        np.savez_compressed(letters, images=seen.images, labels=seen.labels, axes=axes)
         mlflow.pyfunc.save_model(
             path,
             python_model=_neighbours.__file__,

@@ -1,0 +1,74 @@
+"""What most tests share: a tracking store of their own, a tiny archive, members of one file."""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import mlflow
+import pytest
+from archives import write_archive
+
+N_TRAIN = 520  # of the 780 letters that the tiny archive has for train and val
+
+
+@pytest.fixture(scope="session")
+def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty tracking store; making one takes MLflow seconds, copying it nothing."""
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # artifacts lie under the folder where the store was made
+        mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def store(
+    fresh_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> mlflow.MlflowClient:
+    """A client of a tracking store that this test alone uses."""
+    uri = f"sqlite:///{shutil.copy(fresh_store, tmp_path)}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return mlflow.MlflowClient(uri)
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An archive in EMNIST's layout: 780 letters to draw from, 260 for gate, 260 for test."""
+    path = tmp_path_factory.mktemp("archive") / "tiny.zip"
+    write_archive(path, n_train=1040, n_test=260)
+    return path
+
+
+@pytest.fixture
+def data_options(archive: Path, tmp_path: Path) -> dict[str, object]:
+    """The options by which every step finds the tiny archive's letters."""
+    return {
+        "dataset": "emnist_letters",
+        "archive": archive,
+        "n_train": N_TRAIN,
+        "data_dir": tmp_path / "data",
+    }
+
+
+@pytest.fixture
+def add_member(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[ModuleType, str, str], None]]:
+    """add_member(package, name, source) makes a model or data set of one file, for this test."""
+    added: list[str] = []
+
+    def add(package: ModuleType, name: str, source: str) -> None:
+        folder = tmp_path / package.__name__
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.py").write_text(source)
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
+        added.append(f"{package.__name__}.{name}")
+
+    yield add
+    for name in added:
+        sys.modules.pop(name, None)

@@ -1,0 +1,175 @@
+"""What every model promises to the steps; a new model's file is held to it as soon as it is there.
+
+The tests of one model share its fits: one whole, one stopped after its first step.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from archives import write_archive
+from mlflow.models import Model
+from optuna.trial import create_trial
+
+from pipeline import cli, datasets, models, registry, tracking
+from pipeline.datasets import emnist_letters
+from pipeline.spec import Fitted, Part, UserError
+
+SMALL = {"epochs": 2, "batch_size": 32}  # for the models that have these
+SERVE = """
+import importlib.util
+import mlflow.pyfunc
+import numpy as np
+images = np.load("images.npy")
+for fit in ("whole", "stopped"):
+    model = mlflow.pyfunc.load_model(fit)
+    np.savez(fit, all=model.predict(images), one=model.predict(images[:1]))
+assert importlib.util.find_spec("pipeline") is None
+"""
+
+
+class Fit(NamedTuple):
+    fitted: Fitted
+    reports: list[tuple[int, float]]  # (step, accuracy on val)
+
+
+def fit(model: str, parts: dict[str, Part], last_step: int | None = None) -> Fit:
+    """Fit with small params; ``report`` says at ``last_step`` that it is enough."""
+    reports: list[tuple[int, float]] = []
+
+    def report(step: int, val_accuracy: float) -> bool:
+        reports.append((step, val_accuracy))
+        return step == last_step
+
+    module = registry.load(models, model)
+    params = {name: SMALL.get(name, param.default) for name, param in module.PARAMS.items()}
+    return Fit(module.fit(params, parts["train"], parts["val"], 3, report), reports)
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Part]:
+    """400 letters to train on, 120 to look at; read-only, as the memory maps of the steps are."""
+    path = tmp_path_factory.mktemp("archive") / "tiny.zip"
+    write_archive(path, 780, 260)
+    parts = datasets.split(emnist_letters.source(str(path), None).read(), 400)
+    for array in (*parts["train"], *parts["val"]):
+        array.setflags(write=False)
+    return parts
+
+
+@pytest.fixture(scope="session", params=registry.names(models))
+def model(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def whole(model: str, parts: dict[str, Part]) -> Fit:
+    return fit(model, parts)
+
+
+@pytest.fixture(scope="session")
+def stopped(model: str, parts: dict[str, Part]) -> Fit:
+    return fit(model, parts, last_step=1)
+
+
+def test_defaults_lie_in_their_distributions(model: str) -> None:
+    space = registry.load(models, model).PARAMS
+    defaults = {name: param.default for name, param in space.items()}
+    typed = {name: str(default) for name, default in defaults.items()}
+    # Law: a default that is typed on the command line is accepted, and comes back as it was.
+    read = cli.hyperparameters(model, space, typed)
+    assert read == defaults
+    assert [type(value) for value in read.values()] == [type(value) for value in defaults.values()]
+    # Law: Optuna takes the defaults for a trial, by bounds and by steps, so they can be trial 0.
+    distributions = {name: param.distribution for name, param in space.items()}
+    assert create_trial(value=0.5, params=defaults, distributions=distributions).params == defaults
+
+
+def test_reports(whole: Fit) -> None:
+    steps, accuracies = zip(*whole.reports, strict=True)
+    # Law: a whole fit reports the steps 1, 2, ... n_steps, each once.
+    assert list(steps) == list(range(1, whole.fitted.n_steps + 1))
+    # Law: what it reports are accuracies.
+    assert all(0 <= accuracy <= 1 for accuracy in accuracies)
+
+
+def test_predicts_probabilities(whole: Fit, parts: dict[str, Part]) -> None:
+    probabilities = whole.fitted.predict(parts["val"].images)
+    # Law: a row of 26 float32 for each letter, not negative, of sum 1.
+    assert probabilities.shape == (len(parts["val"].labels), 26)
+    assert probabilities.dtype == np.float32
+    assert probabilities.min() >= 0
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    # Law: a letter's answer does not depend on the letters that are asked along with it.
+    alone = whole.fitted.predict(parts["val"].images[:1])
+    np.testing.assert_allclose(alone, probabilities[:1], atol=1e-5)
+
+
+def test_reports_its_own_accuracy(whole: Fit, stopped: Fit, parts: dict[str, Part]) -> None:
+    images, labels = parts["val"]
+    for fitted, reports in (whole, stopped):
+        accuracy = (fitted.predict(images).argmax(axis=1) == labels).mean()
+        # Law: the accuracy reported last is that of the model that is handed back.
+        assert reports[-1][1] == pytest.approx(accuracy, abs=1e-6)
+
+
+def test_stops(whole: Fit, stopped: Fit) -> None:
+    # Law: a fit that is told to stop after its first step does no other.
+    assert [step for step, _ in stopped.reports] == [1]
+    # Law: n_steps is that of a whole fit, so that it shows where a fit was stopped.
+    assert stopped.fitted.n_steps == whole.fitted.n_steps > 1
+
+
+def test_same_seed_same_model(model: str, whole: Fit, parts: dict[str, Part]) -> None:
+    again = fit(model, parts)
+    # Law: the seed decides all that is drawn.
+    assert again.reports == whole.reports
+    images = parts["val"].images
+    np.testing.assert_array_equal(again.fitted.predict(images), whole.fitted.predict(images))
+
+
+def test_serves_without_the_project(
+    whole: Fit, stopped: Fit, parts: dict[str, Part], tmp_path: Path
+) -> None:
+    images = parts["val"].images
+    np.save(tmp_path / "images.npy", images)
+    fits = {"whole": whole.fitted, "stopped": stopped.fitted}
+    for name, fitted in fits.items():
+        fitted.save_model(
+            path=str(tmp_path / name),
+            mlflow_model=Model(),
+            signature=tracking.SIGNATURE,
+            input_example=images[:2],
+            pip_requirements=tracking.requirements(fitted.requirements),
+        )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", SERVE], cwd=tmp_path, capture_output=True, text=True
+    )
+    # Law: a saved model loads and answers where the project cannot be imported.
+    assert done.returncode == 0, done.stderr
+    for name, fitted in fits.items():
+        served = np.load(tmp_path / f"{name}.npz")
+        # Law: it answers as the model did that was saved, be it asked for many letters or one.
+        np.testing.assert_allclose(served["all"], fitted.predict(images), atol=1e-5)
+        np.testing.assert_allclose(served["one"], served["all"][:1], atol=1e-5)
+
+
+def test_a_model_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = registry.names(models)
+    (tmp_path / "toy.py").write_text("PARAMS = {}\n")
+    (tmp_path / "_helper.py").write_text("raise RuntimeError('nobody asked for this file')\n")
+    paths: list[Any] = [*models.__path__, str(tmp_path)]
+    monkeypatch.setattr(models, "__path__", paths)
+    # Law: a file is all that a new model needs, and a leading _ says that it is none.
+    assert registry.names(models) == sorted([*known, "toy"])
+    assert registry.load(models, "toy").PARAMS == {}
+
+
+def test_unknown_model() -> None:
+    known = ", ".join(registry.names(models))
+    # Law: an unknown name is answered with what came and what there is.
+    with pytest.raises(UserError, match=rf"^model must be one of {known}, but 'mlp' came: pass -P"):
+        registry.load(models, "mlp")

@@ -1,0 +1,169 @@
+"""``evaluate``, ``compare`` and ``promote``, after two sweeps of cheap models."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from steps import arguments, artifacts, runs, toy
+
+from pipeline import compare, evaluate, models, prep, promote
+from pipeline.spec import Dataset, UserError
+from sweeps import sweep
+from sweeps.budget import Budget
+
+
+@pytest.fixture
+def swept(
+    store: mlflow.MlflowClient,
+    data_options: dict[str, Any],
+    add_member: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> mlflow.MlflowClient:
+    """A store with a sweep of two trials of KNN, and one of a toy model that is worse."""
+    add_member(models, "toy", toy())
+    for model in ("knn", "toy"):
+        left = iter([100.0] * 2 + [0.0])
+        monkeypatch.setattr(Budget, "left", lambda self, left=left: next(left))
+        monkeypatch.setattr(Budget, "grant", lambda self: 100.0)
+        sweep.main(arguments(data_options | {"model": model, "seed": 0, "cpu_minutes": 1}))
+    return store
+
+
+def _compare(options: dict[str, Any]) -> None:
+    compare.main(arguments({"dataset_digest": "latest", "data_dir": options["data_dir"]}))
+
+
+def _evaluate(options: dict[str, Any], run_id: str) -> None:
+    evaluate.main(arguments({"run_id": run_id, "data_dir": options["data_dir"]}))
+
+
+def test_evaluate_measures_the_logged_model_on_test(
+    swept: mlflow.MlflowClient, data_options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (knn, _), (data,) = runs(swept, "sweep"), _data(data_options)
+    _evaluate(data_options, knn.info.run_id)
+    (run,) = runs(swept, "evaluate")
+    test = data.part("test")
+    guess = mlflow.pyfunc.load_model(knn.data.tags["model_uri"]).predict(np.array(test.images))
+    # The accuracy is that of the served model, inside of its interval.
+    metrics = run.data.metrics
+    assert metrics["test_accuracy"] == np.mean(guess.argmax(axis=1) == test.labels)
+    assert metrics["test_accuracy_low"] < metrics["test_accuracy"] < metrics["test_accuracy_high"]
+    assert metrics["test_top2_accuracy"] >= metrics["test_accuracy"]
+    assert {"test_calibration_error", "predict_us_per_letter", "model_mb"} <= set(metrics)
+    figures = {"confusion_matrix.png", "calibration.png", "mistakes.png"}
+    assert artifacts(swept, run.info.run_id) == figures | {"letters.csv"}
+    # Beside val_accuracy, where one compares sweeps, stands what test said.
+    again = swept.get_run(knn.info.run_id)
+    assert again.data.metrics["test_accuracy"] == metrics["test_accuracy"]
+    assert "test_accuracy" in capsys.readouterr().out
+
+
+def test_evaluate_takes_the_latest_run_with_a_model(
+    swept: mlflow.MlflowClient, data_options: dict[str, Any]
+) -> None:
+    _evaluate(data_options, "latest")
+    (run,) = runs(swept, "evaluate")
+    assert run.data.tags["evaluated_run_id"] == runs(swept, "sweep")[-1].info.run_id
+
+
+def test_compare_shows_the_sweeps_side_by_side(
+    swept: mlflow.MlflowClient, data_options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _compare(data_options)
+    (run,) = runs(swept, "compare")
+    table = pd.read_csv(
+        mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/comparison.csv")
+    )
+    sweeps = {sweep.data.tags["model"]: sweep for sweep in runs(swept, "sweep")}
+    # A row a model, the best on top, each the figures of its sweep's own model.
+    assert list(table["model"]) == ["knn", "toy"]
+    assert table["test_accuracy"].is_monotonic_decreasing
+    for row in table.to_dict("records"):
+        assert row["run_id"] == sweeps[row["model"]].info.run_id
+        assert row["sweep_cpu_seconds"] == sweeps[row["model"]].data.metrics["cpu_seconds"]
+    # The deck's figure stands beside ours where the deck has one, marked as EMNIST's.
+    assert table["deck_accuracy"].tolist()[0] == 0.83
+    assert np.isnan(table["deck_accuracy"].tolist()[1])
+    out, note = capsys.readouterr().out, run.data.tags["mlflow.note.content"]
+    for column in ("Model", "Accuracy", "Mean Recall", "Mean Precision", "Deck, on EMNIST"):
+        assert column in out
+        assert column in note
+    # A data set that is not EMNIST is named as such beside the figures.
+    assert "tiny.zip (EMNIST's layout, not EMNIST)" in out
+    assert "tiny.zip (EMNIST's layout, not EMNIST)" in note
+
+
+def test_compare_evaluates_a_model_once(
+    swept: mlflow.MlflowClient, data_options: dict[str, Any]
+) -> None:
+    _compare(data_options)
+    _compare(data_options)
+    assert len(runs(swept, "evaluate")) == 2
+    assert len(runs(swept, "compare")) == 2
+
+
+def test_compare_without_its_letters_names_the_cure(
+    swept: mlflow.MlflowClient, data_options: dict[str, Any]
+) -> None:
+    shutil.rmtree(data_options["data_dir"])
+    with pytest.raises(UserError, match="run `mlflow run . -e prep`"):
+        _compare(data_options)
+    assert [run.info.status for run in runs(swept, "compare")] == ["FAILED"]
+
+
+def test_the_best_sweep_becomes_champion_and_is_registered_once(
+    swept: mlflow.MlflowClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    knn, other = runs(swept, "sweep")
+    promote.main(["--run_id", "best"])
+    version = swept.get_model_version_by_alias("letters", "champion")
+    assert version.tags["model_uri"] == knn.data.tags["model_uri"]
+    # The version says of itself what it is and how good.
+    assert version.tags["model"] == "knn"
+    assert version.tags["run_id"] == knn.info.run_id
+    assert version.tags["val_accuracy"] == f"{knn.data.metrics['val_accuracy']:.4f}"
+    assert mlflow.pyfunc.load_model("models:/letters@champion") is not None
+    # Promoted again it stays the version that it is; another run's model becomes the next.
+    promote.main(["--run_id", "best"])
+    assert len(swept.search_model_versions("name = 'letters'")) == 1
+    promote.main(["--run_id", other.info.run_id])
+    assert swept.get_model_version_by_alias("letters", "champion").version == 2
+    assert "letters version 2 is the champion: toy" in capsys.readouterr().out
+
+
+def test_promote_never_reads_a_letter(
+    swept: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Dataset, "part", None)  # calling it would be a TypeError
+    promote.main(["--run_id", "best"])
+
+
+@pytest.mark.parametrize("step", [evaluate, promote])
+def test_a_run_without_a_model_is_a_sentence(
+    step: Any, store: mlflow.MlflowClient, data_options: dict[str, Any]
+) -> None:
+    prep.main(arguments(data_options))
+    (without,) = runs(store, "prep")
+    options = {"run_id": without.info.run_id, "data_dir": data_options["data_dir"]}
+    options = {name: options[name] for name in step.OPTIONS}
+    with pytest.raises(UserError, match="run_id must name a run with a model"):
+        step.main(arguments(options))
+    with pytest.raises(UserError, match="run_id must name a run of the tracking store"):
+        step.main(arguments(options | {"run_id": "0123"}))
+    assert store.search_runs(["0"], "attributes.status = 'RUNNING'") == []
+
+
+def test_evaluate_and_promote_before_any_model_name_the_cure(store: mlflow.MlflowClient) -> None:
+    with pytest.raises(UserError, match="run `mlflow run . -e train -P model=knn` first"):
+        evaluate.main(["--run_id", "latest", "--data_dir", "data"])
+    with pytest.raises(UserError, match="run `mlflow run . -e sweep -P model=knn`"):
+        promote.main(["--run_id", "best"])
+
+
+def _data(options: dict[str, Any]) -> list[Dataset]:
+    return [Dataset.open(path) for path in Path(options["data_dir"]).glob("emnist_letters-*")]

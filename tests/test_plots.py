@@ -1,0 +1,130 @@
+"""Every figure can be drawn, of what a long study gives and of the little that a short one does."""
+
+import inspect
+from collections.abc import Callable
+from io import BytesIO
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from pipeline import plots
+from pipeline.spec import LETTERS, Part
+
+NAN = float("nan")
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (52, 28, 28), np.uint8)
+LABELS = (np.arange(52) % 26).astype(np.uint8)
+COUNTS = RNG.integers(0, 30, (26, 26)).astype(np.int64)
+STATES = ["complete", "pruned", "failed", "killed", "over_budget"]
+MIXED = pd.DataFrame(
+    {
+        "units": [64, 128, 64, 96, 64],
+        "learning_rate": [1e-3, 2e-3, 5e-4, 1e-2, 3e-3],
+        "bidirectional": [True, False, True, True, False],
+        "weights": ["uniform", "distance", "uniform", "distance", "uniform"],
+        "constant": [3, 3, 3, 3, 3],
+    }
+)
+
+
+def bins(*rows: tuple[float, float, int]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["confidence", "accuracy", "n_letters"])
+
+
+def table(*rows: tuple[str, float, float, float, float]) -> pd.DataFrame:
+    names = ["test_accuracy", "test_accuracy_low", "test_accuracy_high", "deck_accuracy"]
+    return pd.DataFrame(rows, columns=["model", *names])
+
+
+def trials(values: list[float], states: list[str]) -> pd.DataFrame:
+    spent = 10.0 * np.arange(1, len(values) + 1)
+    return pd.DataFrame({"spent_cpu_seconds": spent, "val_accuracy": values, "state": states})
+
+
+def parallel(values: list[float]) -> Figure:
+    return plots.parallel_coordinates(MIXED[: len(values)], pd.Series(values), "study")
+
+
+# (function, case): its figure
+FIGURES: dict[tuple[str, str], Callable[[], Figure]] = {
+    ("contact_sheet", "all"): lambda: plots.contact_sheet(Part(IMAGES, LABELS), "data"),
+    ("contact_sheet", "letters missing"): lambda: plots.contact_sheet(
+        Part(IMAGES[:3], LABELS[:3]), "data"
+    ),
+    ("contact_sheet", "more than fit"): lambda: plots.contact_sheet(
+        Part(IMAGES, np.zeros_like(LABELS)), "data"
+    ),
+    ("letters", "all"): lambda: plots.letters(IMAGES[:26], list(LETTERS), "two\nlines"),
+    ("letters", "one"): lambda: plots.letters(IMAGES[:1], ["A"], "data"),
+    ("letters", "none"): lambda: plots.letters(IMAGES[:0], [], "no mistakes"),
+    ("learning_curve", "many"): lambda: plots.learning_curve({1: 0.5, 2: 0.7, 3: 0.8}, "cnn"),
+    ("learning_curve", "one step"): lambda: plots.learning_curve({1: 0.5}, "cnn"),
+    ("confusion_matrix", "mixed"): lambda: plots.confusion_matrix(COUNTS, "knn"),
+    ("confusion_matrix", "all right"): lambda: plots.confusion_matrix(np.diag(COUNTS[0]), "knn"),
+    ("confusion_matrix", "nothing"): lambda: plots.confusion_matrix(0 * COUNTS, "knn"),
+    ("reliability", "many"): lambda: plots.reliability(bins((0.5, 0.4, 9), (0.9, 1, 9)), "knn"),
+    ("reliability", "one bin"): lambda: plots.reliability(bins((1.0, 0.5, 9)), "knn"),
+    ("comparison", "many"): lambda: plots.comparison(
+        table(("cnn", 0.9, 0.88, 0.92, 0.92), ("toy", 0.1, 0.08, 0.13, NAN)), "data"
+    ),
+    ("comparison", "one, all right"): lambda: plots.comparison(
+        table(("cnn", 1, 0.99, 1, 0.92)), "data"
+    ),
+    ("comparison", "no deck, all wrong"): lambda: plots.comparison(
+        table(("toy", 0, 0, 0.01, NAN)), "data"
+    ),
+    ("best_so_far", "all states"): lambda: plots.best_so_far(
+        trials([0.5, 0.4, NAN, NAN, 0.6], STATES), "study"
+    ),
+    ("best_so_far", "one"): lambda: plots.best_so_far(trials([0.5], ["complete"]), "study"),
+    ("best_so_far", "one that failed"): lambda: plots.best_so_far(trials([NAN], ["failed"]), "s"),
+    ("importance", "many"): lambda: plots.importance({"units": 0.7, "dropout": 0.3}, "study"),
+    ("importance", "one"): lambda: plots.importance({"units": 1.0}, "study"),
+    ("importance", "nothing matters"): lambda: plots.importance({"units": 0, "blur": 0}, "study"),
+    ("parallel_coordinates", "many"): lambda: parallel([0.5, 0.4, NAN, 0.7, 0.6]),
+    ("parallel_coordinates", "one"): lambda: parallel([0.5]),
+    ("parallel_coordinates", "all failed but one"): lambda: parallel([NAN, NAN, 0.5, NAN, NAN]),
+    ("parallel_coordinates", "all equal"): lambda: parallel([0.5] * 5),
+}
+
+
+@pytest.mark.parametrize("draw", FIGURES.values(), ids=map(": ".join, FIGURES))
+def test_can_be_drawn(draw: Callable[[], Figure]) -> None:
+    png = BytesIO()
+    draw().savefig(png, format="png", dpi=50)
+    # Law: a figure becomes a picture, without a warning.
+    assert png.getvalue().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_none_is_left_out() -> None:
+    functions = inspect.getmembers(plots, inspect.isfunction)
+    public = {name for name, _ in functions if not name.startswith("_")}
+    # Law: each public function of the module is drawn above.
+    assert public == {name for name, _ in FIGURES}
+
+
+def test_contact_sheet_shows_letters_by_label() -> None:
+    (axes,) = plots.contact_sheet(Part(IMAGES, LABELS), "data", columns=3).axes
+    sheet = 255 - np.asarray(axes.images[0].get_array())
+    # Law: in the row of a label are its letters in their order, and then paper.
+    np.testing.assert_array_equal(sheet[28:56, :28], IMAGES[1])
+    np.testing.assert_array_equal(sheet[28:56, 28:56], IMAGES[27])
+    assert sheet[:, 56:].max() == 0
+
+
+def test_best_so_far_passes_over_failures() -> None:
+    frame = trials([0.5, NAN, 0.4, NAN, 0.6], ["complete", "failed"] * 2 + ["complete"])
+    (axes,) = plots.best_so_far(frame, "study").axes
+    # Law: the best so far stays the best while trials fail: its line has no gap.
+    assert np.asarray(axes.lines[-1].get_ydata()).tolist() == [0.5, 0.5, 0.5, 0.5, 0.6]
+
+
+def test_parallel_coordinates_orders_and_scales() -> None:
+    (axes,) = parallel([0.5, 0.9, NAN, 0.7, 0.6]).axes
+    lines = [np.asarray(line.get_ydata()) for line in axes.lines if np.size(line.get_xdata()) == 6]
+    # Law: a line for each trial that has a value, the best drawn last; highest is on top.
+    assert [line[-1] for line in lines] == pytest.approx([0, 0.25, 0.5, 1])
+    # Law: the best trial's line goes through its own params, highest value or last word on top.
+    assert lines[-1][:5] == pytest.approx([1, 1 / 9, 0, 0, 0])

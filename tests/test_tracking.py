@@ -1,0 +1,130 @@
+import contextlib
+import time
+from typing import Any
+
+import mlflow
+import pytest
+
+from pipeline import tracking
+from pipeline.spec import UserError
+
+
+def _only_run(store: mlflow.MlflowClient) -> Any:
+    (run,) = store.search_runs(["0"])
+    return run
+
+
+def test_a_run_that_ends_well_is_finished_and_tagged(store: mlflow.MlflowClient) -> None:
+    with tracking.start("train") as run:
+        run.name("a name")
+    ended = _only_run(store)
+    assert (ended.info.status, ended.info.run_name) == ("FINISHED", "a name")
+    # What a figure depends on beside its params is on every run.
+    tags = ended.data.tags
+    assert {"git_commit", "git_dirty", "versions", "cpu_model", "threads", "precision"} <= set(tags)
+    assert f"mlflow={mlflow.__version__}" in tags["versions"]
+    assert tags["step"] == "train"
+
+
+def test_a_run_that_raises_is_failed_with_its_traceback(store: mlflow.MlflowClient) -> None:
+    with pytest.raises(ZeroDivisionError), tracking.start("train"):
+        _ = 1 / 0
+    ended = _only_run(store)
+    assert ended.info.status == "FAILED"
+    assert ended.data.tags["error"] == "ZeroDivisionError: division by zero"
+    (artifact,) = store.list_artifacts(ended.info.run_id)
+    assert artifact.path == "traceback.txt"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_a_run_that_is_stopped_is_killed(
+    error: type[BaseException], store: mlflow.MlflowClient
+) -> None:
+    with pytest.raises(error), tracking.start("sweep"):
+        raise error
+    assert _only_run(store).info.status == "KILLED"
+
+
+def test_the_run_of_mlflow_run_is_adopted_once(
+    store: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = store.create_run("0").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    with tracking.start("prep") as first, tracking.start("prep") as second:
+        # The second run of the process is one of its own, as is a child run.
+        assert first.id == given
+        assert second.id != given
+    with tracking.start("trial", parent=first) as child:
+        pass
+    assert store.get_run(child.id).data.tags["mlflow.parentRunId"] == given
+
+
+def test_params_logged_by_mlflow_run_stay_as_they_were_typed(store: mlflow.MlflowClient) -> None:
+    with tracking.start("train") as run:
+        store.log_param(run.id, "learning_rate", "2e-3")
+        # Logging 0.002 under the same name would be an error: params are immutable.
+        run.params({"learning_rate": 0.002, "epochs": 10})
+    assert _only_run(store).data.params == {"learning_rate": "2e-3", "epochs": "10"}
+
+
+def test_an_experiment_is_made_by_name(
+    store: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "handwriting")
+    first, second = tracking.experiment_id(store), tracking.experiment_id(store)
+    assert first == second != "0"
+    assert store.get_experiment(first).name == "handwriting"
+
+
+def test_an_unreachable_server_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="the tracking server must answer, but http://127.0.0.1:9"):
+        tracking.connect()
+
+
+def _failed_sweep() -> None:
+    with contextlib.suppress(KeyError), tracking.start("sweep") as run:
+        run.tags({"model": "lstm", "dataset_digest": "aaaa"})
+        raise KeyError
+
+
+def test_latest_sweeps_are_one_a_model_and_of_one_data_set(store: mlflow.MlflowClient) -> None:
+    with pytest.raises(UserError, match="a finished sweep is needed first"):
+        tracking.latest_sweeps(store, "latest")
+    ids = {}
+    for number, (model, digest) in enumerate(
+        [("cnn", "aaaa"), ("knn", "aaaa"), ("cnn", "bbbb"), ("cnn", "aaaa")]
+    ):
+        with tracking.start("sweep") as run:
+            run.tags({"model": model, "dataset_digest": digest})
+        ids[number] = run.id
+        time.sleep(0.005)  # start times are in milliseconds
+    _failed_sweep()
+    # The last one's data set, the latest of each model; a sweep that failed does not count.
+    found = {
+        model: run.info.run_id for model, run in tracking.latest_sweeps(store, "latest").items()
+    }
+    assert found == {"cnn": ids[3], "knn": ids[1]}
+    found = {model: run.info.run_id for model, run in tracking.latest_sweeps(store, "bbbb").items()}
+    assert found == {"cnn": ids[2]}
+
+
+def test_an_unknown_run_id_is_a_sentence(store: mlflow.MlflowClient) -> None:
+    with pytest.raises(UserError, match="run_id must name a run"):
+        tracking.get_run(store, "0123")
+
+
+def test_requirements_are_exact_and_name_what_is_installed() -> None:
+    numpy, tensorflow = tracking.requirements(("numpy", "tensorflow"))
+    assert numpy == f"numpy=={tracking.version('numpy')}"
+    assert tensorflow.split("==")[0] in ("tensorflow", "tensorflow-cpu")
+
+
+def test_a_markdown_table_is_padded() -> None:
+    table = tracking.markdown(["a", "b"], [[1, "long"], [22, "x"]])
+    assert table.splitlines() == [
+        "| a  | b    |",
+        "| -- | ---- |",
+        "| 1  | long |",
+        "| 22 | x    |",
+    ]
