@@ -33,11 +33,8 @@ def promote(run: tracking.Run, source: RunEntity) -> str:
     version = _version(run.client, tags["model_uri"])
     if version is None:
         version = mlflow.register_model(tags["model_uri"], REGISTERED_MODEL).version
-        note: dict[str, str] = {
-            key: tags[key]
-            for key in ("model_uri", "model", "dataset_title", "dataset_digest", "git_commit")
-            if key in tags
-        }
+        keys = ("model_uri", "model", "dataset_title", "dataset_digest", "git_commit")
+        note = {key: tags[key] for key in keys}
         note |= {"run_id": source.info.run_id, "val_accuracy": _val_accuracy(source)}
         for key, value in note.items():
             run.client.set_model_version_tag(REGISTERED_MODEL, version, key, value)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from archives import write_archive
 from mlflow.models import Model
 from optuna.trial import create_trial
 
@@ -50,11 +49,9 @@ def fit(model: str, parts: dict[str, Part], last_step: int | None = None) -> Fit
 
 
 @pytest.fixture(scope="session")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Part]:
-    """400 letters to train on, 120 to look at; read-only, as the memory maps of the steps are."""
-    path = tmp_path_factory.mktemp("archive") / "tiny.zip"
-    write_archive(path, 780, 260)
-    parts = datasets.split(emnist_letters.source(str(path), None).read(), 400)
+def parts(archive: Path) -> dict[str, Part]:
+    """400 letters to train on, 380 to look at; read-only, as the memory maps of the steps are."""
+    parts = datasets.split(emnist_letters.source(str(archive), None).read(), 400)
     for array in (*parts["train"], *parts["val"]):
         array.setflags(write=False)
     return parts
@@ -157,12 +154,10 @@ def test_serves_without_the_project(
         np.testing.assert_allclose(served["one"], served["all"][:1], atol=1e-5)
 
 
-def test_a_model_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_a_file(add_member: Any) -> None:
     known = registry.names(models)
-    (tmp_path / "toy.py").write_text("PARAMS = {}\n")
-    (tmp_path / "_helper.py").write_text("raise RuntimeError('nobody asked for this file')\n")
-    paths: list[Any] = [*models.__path__, str(tmp_path)]
-    monkeypatch.setattr(models, "__path__", paths)
+    add_member(models, "toy", "PARAMS = {}\n")
+    add_member(models, "_helper", "raise RuntimeError('nobody asked for this file')\n")
     # Law: a file is all that a new model needs, and a leading _ says that it is none.
     assert registry.names(models) == sorted([*known, "toy"])
     assert registry.load(models, "toy").PARAMS == {}
