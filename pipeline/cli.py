@@ -87,6 +87,18 @@ def n_train(name: str, value: str) -> int | None:
     return int(value)
 
 
+def workers(name: str, value: str) -> int:
+    """A number of processes side by side, or ``auto`` (0): as many as there are usable cores."""
+    if value == "auto":
+        return 0
+    if not re.fullmatch(r"\d{1,4}", value) or int(value) == 0:
+        raise UserError(
+            f"{name} must be 'auto' or a whole number above 0, but {value!r} came: "
+            f"pass -P {name}=2, or leave it out"
+        )
+    return int(value)
+
+
 def hyperparameters(model: str, space: Mapping[str, Param], given: Mapping[str, str]) -> Params:
     """Every hyperparameter of ``space``: the given text converted and checked, else the default."""
     for name in given:

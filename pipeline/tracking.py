@@ -4,6 +4,7 @@ Runs are written through ``MlflowClient`` with explicit run ids, never through t
 that several runs can be open at once.
 """
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlflow
 import numpy as np
@@ -36,6 +37,14 @@ SIGNATURE = ModelSignature(
     inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, SIDE, SIDE))]),
     outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(LETTERS)))]),
 )
+
+
+class Point(NamedTuple):
+    """Metrics of one step, and when they were measured (seconds since 1970)."""
+
+    step: int
+    time: float
+    values: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -64,8 +73,15 @@ class Run:
         self.client.log_batch(self.id, params=entries)
 
     def metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        now = int(time.time() * 1000)
-        entries = [Metric(key, float(value), now, step) for key, value in metrics.items()]
+        self.history([Point(step, time.time(), metrics)])
+
+    def history(self, points: Sequence[Point]) -> None:
+        """Log metrics of several steps in one write."""
+        entries = [
+            Metric(key, float(value), int(point.time * 1000), point.step)
+            for point in points
+            for key, value in point.values.items()
+        ]
         self.client.log_batch(self.id, metrics=entries)
 
     def figure(self, name: str, figure: Figure) -> None:
@@ -136,22 +152,24 @@ class Run:
 
 
 @contextmanager
-def start(step: str, parent: Run | None = None, adopt: bool = True) -> Iterator[Run]:
-    """Open a run for one step or trial and close it whatever happens: none is left RUNNING.
+def start(
+    step: str, parent: Run | None = None, adopt: bool = True, again: RunEntity | None = None
+) -> Iterator[Run]:
+    """Open a run for one step and close it whatever happens: none is left RUNNING.
 
     FINISHED where the block ends, KILLED where it is interrupted, FAILED, with the error as tag and
-    the traceback as artifact, where it raises. The run that ``mlflow run`` made is adopted.
+    the traceback as artifact, where it raises. The run that ``mlflow run`` made is adopted; or the
+    run ``again``, which an earlier process left, is opened once more.
     """
     client = connect() if parent is None else parent.client
     given = os.environ.pop("MLFLOW_RUN_ID", None) if parent is None and adopt else None
-    if given:
-        entity = client.get_run(given)
+    if again:
+        run = Run(client, again.info.run_id, again.info.experiment_id)
+        client.update_run(run.id, status="RUNNING")
+    elif given:
+        run = Run(client, given, client.get_run(given).info.experiment_id)
     else:
-        home = parent.experiment_id if parent else experiment_id(client)
-        tags = {"mlflow.parentRunId": parent.id} if parent else {}
-        tags |= {"mlflow.source.name": step, "mlflow.source.type": "LOCAL"}
-        entity = client.create_run(home, tags=tags, run_name=step)
-    run = Run(client, entity.info.run_id, entity.info.experiment_id)
+        run = create(client, step, parent)
     status = "KILLED"
     try:
         run.tags({"step": step} | environment_tags())
@@ -164,6 +182,22 @@ def start(step: str, parent: Run | None = None, adopt: bool = True) -> Iterator[
         raise
     finally:
         client.set_terminated(run.id, status)
+
+
+def create(
+    client: mlflow.MlflowClient,
+    step: str,
+    parent: Run | None,
+    name: str = "",
+    tags: Mapping[str, Any] | None = None,
+) -> Run:
+    """A new run, which the caller closes."""
+    home = parent.experiment_id if parent else experiment_id(client)
+    texts = {key: str(value) for key, value in (tags or {}).items()}
+    texts |= {"mlflow.parentRunId": parent.id} if parent else {}
+    texts |= {"step": step, "mlflow.source.name": step, "mlflow.source.type": "LOCAL"}
+    entity = client.create_run(home, tags=texts, run_name=name or step)
+    return Run(client, entity.info.run_id, entity.info.experiment_id)
 
 
 def connect() -> mlflow.MlflowClient:
@@ -191,6 +225,7 @@ def experiment_id(client: mlflow.MlflowClient) -> str:
     return "0"
 
 
+@functools.cache
 def environment_tags() -> dict[str, str]:
     """What a figure depends on beside params and data: code, versions, processor, threads."""
     libraries = ("tensorflow", "keras", "scikit-learn", "numpy", "mlflow", "optuna")

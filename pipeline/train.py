@@ -23,47 +23,52 @@ class Trained(NamedTuple):
     val_accuracy: float
     step: int
     whole: bool  # no step was left to do
+    fit_cpu_seconds: float
     model_uri: str
+
+
+def begin(run: tracking.Run, model: str, params: Params, data: Dataset, seed: int) -> None:
+    """Log what is known before a fit: params, model, data set."""
+    run.params(params | {"model": model, "seed": seed})
+    run.tags({"model": model})
+    run.use_dataset(data, "train")
 
 
 def train(
     run: tracking.Run, model: str, params: Params, data: Dataset, seed: int, report: Report
 ) -> Trained:
-    """Fit a model and log it: params, accuracy by step, costs, data set, model, learning curve.
+    """Fit a model and log it: accuracy by step, costs, model.
 
     ``report`` is asked after every step whether to stop; the model that is kept is the last one.
     Raises whatever the model's ``fit`` raises.
     """
-    run.params(params | {"model": model, "seed": seed})
-    run.tags({"model": model})
-    run.use_dataset(data, "train")
     started, began = time.process_time(), time.perf_counter()
     curve: dict[int, float] = {}
-    seconds: dict[int, float] = {}
+    history: list[tracking.Point] = []
 
     def note(step: int, val_accuracy: float) -> bool:
         curve[step] = val_accuracy
-        seconds[step] = time.process_time() - started
-        run.metrics({"val_accuracy": val_accuracy, "fit_cpu_seconds": seconds[step]}, step)
+        spent = time.process_time() - started
+        values = {"val_accuracy": val_accuracy, "fit_cpu_seconds": spent}
+        history.append(tracking.Point(step, time.time(), values))
         return report(step, val_accuracy)
 
     train_part, val = data.part("train"), data.part("val")
     fitted = registry.load(models, model).fit(params, train_part, val, seed, note)
     if not curve:
         raise RuntimeError(f"the model {model} must report at least one step, but reported none")
+    run.history(history)  # at once: a write for every step would be a trial's largest overhead
     last = max(curve)
     model_uri = run.log_model(fitted, one_of_each(train_part), step=last)
-    run.metrics(
-        {
-            "cpu_seconds": time.process_time() - started,
-            "wall_seconds": time.perf_counter() - began,
-            "peak_rss_mb": peak_rss_mb(),
-            "model_mb": tracking.model_mb(model_uri),
-        },
-        last,
-    )
-    run.figure("learning_curve.png", plots.learning_curve(curve, f"{model} on {data.title}"))
-    return Trained(curve[last], last, last == fitted.n_steps, model_uri)
+    costs = {
+        "cpu_seconds": time.process_time() - started,
+        "wall_seconds": time.perf_counter() - began,
+        "peak_rss_mb": peak_rss_mb(),
+        "model_mb": tracking.model_mb(model_uri),
+    }
+    run.metrics(costs, last)
+    fit_cpu_seconds = history[-1].values["fit_cpu_seconds"]
+    return Trained(curve[last], last, last == fitted.n_steps, fit_cpu_seconds, model_uri)
 
 
 def peak_rss_mb() -> float:
@@ -81,16 +86,25 @@ def main(argv: Sequence[str]) -> None:
     options, given = cli.parse("train", argv, OPTIONS)
     model, seed = options.pop("model"), options.pop("seed")
     params = cli.hyperparameters(model, registry.load(models, model).PARAMS, given)
+    curve: dict[int, float] = {}
+
+    def report(step: int, val_accuracy: float) -> bool:
+        curve[step] = val_accuracy
+        print(f"{model}  step {step}  val_accuracy {val_accuracy:.4f}", flush=True)
+        return False
+
     with tracking.start("train") as run:
         data = prep.ensure(**options)
-        result = train(run, model, params, data, seed, lambda step, val_accuracy: False)
+        begin(run, model, params, data, seed)
+        result = train(run, model, params, data, seed, report)
         run.name(f"{model} · {result.val_accuracy:.1%}")
+        title = f"{model} on {data.title}"
+        run.figure("learning_curve.png", plots.learning_curve(curve, title))
         example = one_of_each(data.part("train"))
         run.figure("input_example.png", plots.letters(example, list(LETTERS), data.title))
         table = tracking.markdown(["hyperparameter", "value"], list(params.items()))
         run.describe(
-            f"**{model}** on {data.title}: {result.val_accuracy:.2%} on val "
-            f"after step {result.step}\n\n{table}"
+            f"**{title}**: {result.val_accuracy:.2%} on val after step {result.step}\n\n{table}"
         )
     print(f"{model}: val_accuracy {result.val_accuracy:.4f}, run {run.id}, {result.model_uri}")
     print(tracking.ui_hint(run.experiment_id))

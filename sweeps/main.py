@@ -34,7 +34,7 @@ def parse_models(names: str) -> list[str]:
 def step(entry_point: str, **parameters: object) -> str:
     """Run one step to its end; gives the id of its run."""
     print(f"\n== {entry_point} {parameters.get('model', '')}", flush=True)
-    given = {name: "all" if value is None else str(value) for name, value in parameters.items()}
+    given = {name: str(value) for name, value in parameters.items()}
     try:
         # The environment is the one that we run in: MLflow would make a new one otherwise.
         done = mlflow.projects.run(  # type: ignore[no-untyped-call]
@@ -49,6 +49,8 @@ def step(entry_point: str, **parameters: object) -> str:
 
 def main(argv: Sequence[str]) -> None:
     options = cli.parse_all("main", argv, OPTIONS)
+    # As they were typed: they are checked, and the steps parse them themselves.
+    options = dict(zip((word[2:] for word in argv[::2]), argv[1::2], strict=True))
     names = parse_models(options.pop("models"))
     data_dir = options["data_dir"]
     data = {name: options[name] for name in ("dataset", "archive", "n_train", "data_dir")}

@@ -11,21 +11,29 @@ from optuna.trial import TrialState
 from pipeline.spec import Param
 
 
-def create_study(name: str, space: Mapping[str, Param], seed: int, data_dir: str) -> optuna.Study:
-    """A study whose trial 0 is the defaults: every study contains its own baseline.
+def open_study(name: str, space: Mapping[str, Param], seed: int, folder: Path) -> optuna.Study:
+    """A study in ``folder``, new or continued, whose trial 0 is the defaults: its own baseline.
 
     TPE proposes. Successive halving stops: of the trials that reach steps 1, 3, 9, ... the best
-    third goes on (Li et al. 2018, "Massively Parallel Hyperparameter Tuning").
+    third goes on (Li et al. 2018, "A system for massively parallel hyperparameter tuning"). Trials
+    that a driver left running are told as failed. The sampler's seed is made of ``seed`` and the
+    number of trials, so that a continued study does not draw its first trials again.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
     study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(Path(data_dir) / "optuna.journal"))),
+        storage=storage,
         study_name=name,
-        sampler=optuna.samplers.TPESampler(seed=seed),
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
         direction="maximize",
+        load_if_exists=True,
     )
-    study.enqueue_trial({name: param.default for name, param in space.items()})
+    n_trials = len(study.trials)
+    study.sampler = optuna.samplers.TPESampler(seed=(seed + 7919 * n_trials) % 2**32)
+    if n_trials == 0:
+        study.enqueue_trial({name: param.default for name, param in space.items()})
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        study.tell(trial.number, state=TrialState.FAIL)
     return study
 
 

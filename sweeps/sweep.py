@@ -3,80 +3,52 @@
 mlflow run . -e sweep -P model=lstm -P cpu_minutes=10
 """
 
+import hashlib
+import os
 from collections.abc import Sequence
-from statistics import median
+from contextlib import closing
+from pathlib import Path
 
+import mlflow
 import optuna
 import pandas as pd
-from optuna.trial import TrialState
+from mlflow.entities import Run as RunEntity
 from tqdm import tqdm
 
 from pipeline import cli, models, plots, prep, registry, tracking
 from pipeline.spec import Dataset, UserError
 from pipeline.train import OPTIONS as TRAIN_OPTIONS
-from sweeps import search
-from sweeps.budget import Budget
-from sweeps.trial import Outcome, run_trial
+from sweeps import processes, search
+from sweeps.budget import Busy, Ledger
+from sweeps.engine import Engine, reconcile
+from sweeps.trial import Outcome
 
-OPTIONS: dict[str, cli.Convert] = TRAIN_OPTIONS | {"cpu_minutes": cli.positive}
-MAX_FAILURES = 3  # a sweep whose first trials all fail has one cause
-
-
-def search_model(
-    run: tracking.Run, study: optuna.Study, model: str, data: Dataset, seed: int, budget: Budget
-) -> list[Outcome]:
-    """Ask, fit and tell until what is left cannot pay for another trial's first step."""
-    space = registry.load(models, model).PARAMS
-    distributions = {name: param.distribution for name, param in space.items()}
-    outcomes: list[Outcome] = []
-    # Silent where the output is no terminal: there the line of each trial is enough.
-    bar = tqdm(total=round(budget.total), desc=model, unit="CPU-s", disable=None)
-    with bar:
-        while budget.left() > price(outcomes):
-            trial = study.ask(fixed_distributions=distributions)
-            outcome = run_trial(run, trial, model, data, seed, budget)
-            tell(study, trial, outcome)
-            outcomes.append(outcome)
-            bar.n = min(round(outcome.spent_cpu_seconds), round(budget.total))
-            bar.set_postfix_str(f"best {best(outcomes):.2%}")
-            tqdm.write(line(model, outcome, budget))
-            # Best and bill so far, by trial: the last values are the sweep's own.
-            run.metrics(
-                {"val_accuracy": best(outcomes), "cpu_seconds": outcome.spent_cpu_seconds},
-                trial.number,
-            )
-            if len(outcomes) == MAX_FAILURES and all(o.state == "failed" for o in outcomes):
-                break
-    return outcomes
+OPTIONS: dict[str, cli.Convert] = TRAIN_OPTIONS | {
+    "cpu_minutes": cli.positive,
+    "workers": cli.workers,
+}
 
 
-def price(outcomes: Sequence[Outcome]) -> float:
-    """CPU-seconds that the next trial's first step will cost: as the past ones', at the median."""
-    return median(outcome.first_step_cpu_seconds for outcome in outcomes) if outcomes else 0.0
+class Progress:
+    """A bar of the budget where the output is a terminal, and a line for each trial anywhere."""
 
+    def __init__(self, model: str, total: float) -> None:
+        self.model, self.total, self.best = model, total, 0.0
+        self.bar = tqdm(total=round(total), desc=model, unit="CPU-s", disable=None)
 
-def best(outcomes: Sequence[Outcome]) -> float:
-    """Best validation accuracy so far; 0 before a trial has reported one."""
-    return max((outcome.val_accuracy or 0.0 for outcome in outcomes), default=0.0)
+    def close(self) -> None:
+        self.bar.close()
 
-
-def tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
-    """Tell Optuna how a trial ended. A fit that its grant ended early has a value all the same."""
-    if outcome.state == "failed":
-        study.tell(trial, state=TrialState.FAIL)
-    elif outcome.state == "pruned":
-        study.tell(trial, state=TrialState.PRUNED)
-    else:
-        study.tell(trial, outcome.val_accuracy)
-
-
-def line(model: str, outcome: Outcome, budget: Budget) -> str:
-    """One trial in one line of the terminal."""
-    value = f"{outcome.val_accuracy:.2%}" if outcome.val_accuracy is not None else outcome.error
-    return (
-        f"{model} {outcome.number:03}  {outcome.state:11} {value}  "
-        f"{outcome.cpu_seconds:.1f} CPU-s, {outcome.spent_cpu_seconds:.0f} of {budget.total:.0f}"
-    )
+    def __call__(self, outcome: Outcome) -> None:
+        self.best = max(self.best, outcome.val_accuracy or 0.0)
+        self.bar.n = min(round(outcome.spent_cpu_seconds), round(self.total))
+        self.bar.set_postfix_str(f"best {self.best:.2%}")
+        value = f"{outcome.val_accuracy:.2%}" if outcome.val_accuracy is not None else "-"
+        tqdm.write(
+            f"{self.model} {outcome.number:03}  {outcome.state:11} {value:>6}  "
+            f"{outcome.cpu_seconds:.1f} CPU-s, {outcome.spent_cpu_seconds:.0f} of {self.total:.0f}"
+            + (f"  {outcome.error}" if outcome.error else "")
+        )
 
 
 def finish(
@@ -85,16 +57,16 @@ def finish(
     model: str,
     data: Dataset,
     outcomes: Sequence[Outcome],
-    budget: Budget,
+    engine: Engine,
 ) -> Outcome:
     """Log what the sweep found; gives its best trial."""
     winner = max(
-        (outcome for outcome in outcomes if outcome.val_accuracy is not None),
+        (outcome for outcome in outcomes if outcome.model_uri is not None),
         key=lambda outcome: outcome.val_accuracy or 0.0,
         default=None,
     )
     if winner is None or winner.model_uri is None:
-        raise _nothing(outcomes, budget)
+        raise _nothing(outcomes, engine)
     title = f"{model} on {data.title}"
     params = pd.DataFrame([study.trials[outcome.number].params for outcome in outcomes])
     trials = pd.DataFrame(outcomes)
@@ -110,8 +82,8 @@ def finish(
     if importances := search.importances(study):
         run.figure("hyperparameter_importance.png", plots.importance(importances, title))
     run.name(f"{model} sweep · {winner.val_accuracy:.1%}")
-    run.describe(description(title, outcomes, winner, budget))
-    spent, fit = budget.spent(), sum(outcome.fit_cpu_seconds for outcome in outcomes)
+    run.describe(description(title, outcomes, winner, engine))
+    spent, fit = engine.spent(), sum(outcome.fit_cpu_seconds for outcome in outcomes)
     run.metrics(
         {
             "n_trials": len(outcomes),
@@ -124,20 +96,22 @@ def finish(
     return winner
 
 
-def _nothing(outcomes: Sequence[Outcome], budget: Budget) -> UserError:
-    if outcomes:
+def _nothing(outcomes: Sequence[Outcome], engine: Engine) -> UserError:
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    if failed:
         return UserError(
-            f"a sweep needs a trial that ends well, but the first {len(outcomes)} all failed, "
-            f"the last with '{outcomes[-1].error}': see traceback.txt of the child runs"
+            f"a sweep needs a trial that ends well, but the first {len(outcomes)} did not, "
+            f"the last with '{failed[-1].error}': see traceback.txt of the child runs"
         )
-    minutes = (budget.total - budget.left()) / 60
+    total, spent = engine.ledger.total / 60, engine.spent() / 60
     return UserError(
-        f"cpu_minutes must pay for start-up and one trial, but {budget.total / 60:g} came and "
-        f"start-up alone takes {minutes:.2g}: raise cpu_minutes above {2 * minutes:.2g}"
+        f"cpu_minutes must pay for start-up and one trial, but {total:g} came, of which "
+        f"{spent:.2g} are spent and no trial has ended: raise cpu_minutes above "
+        f"{2 * max(total, spent):.2g}"
     )
 
 
-def description(title: str, outcomes: Sequence[Outcome], winner: Outcome, budget: Budget) -> str:
+def description(title: str, outcomes: Sequence[Outcome], winner: Outcome, engine: Engine) -> str:
     """Markdown for the sweep's page: the best trials, and how the others ended."""
     ranked = sorted(outcomes, key=lambda outcome: -(outcome.val_accuracy or 0.0))
     rows = [
@@ -148,29 +122,85 @@ def description(title: str, outcomes: Sequence[Outcome], winner: Outcome, budget
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
     return (
         f"**{title}**: best val_accuracy {winner.val_accuracy:.2%} in trial {winner.number:03}; "
-        f"{len(outcomes)} trials ({counts}) in {budget.spent():.0f} of {budget.total:.0f} "
+        f"{len(outcomes)} trials ({counts}) in {engine.spent():.0f} of {engine.ledger.total:.0f} "
         f"CPU-seconds; trial 000 is the deck's model\n\n"
         + tracking.markdown(["trial", "state", "val_accuracy", "CPU-s"], rows)
     )
 
 
+def unfinished(client: mlflow.MlflowClient, key: str, data_dir: str) -> RunEntity | None:
+    """The run of the same sweep that a crash or an interrupt has left, if it is no one's now."""
+    found = client.search_runs(
+        [tracking.experiment_id(client)],
+        f"tags.step = 'sweep' and tags.sweep_key = '{key}' and tags.ended = 'false'",
+        order_by=["attributes.start_time DESC"],
+    )
+    for run in found:
+        try:
+            Ledger(_folder(data_dir, run.data.tags["study"]) / "ledger.jsonl", 0.0).close()
+        except Busy:  # another process is at it
+            continue
+        return run
+    return None
+
+
+def _folder(data_dir: str, study: str) -> Path:
+    return Path(data_dir) / "studies" / study
+
+
 def main(argv: Sequence[str]) -> None:
     options = cli.parse_all("sweep", argv, OPTIONS)
-    model, seed = options.pop("model"), options.pop("seed")
-    budget = Budget(options.pop("cpu_minutes"))
+    model, seed, workers = (options.pop(name) for name in ("model", "seed", "workers"))
+    budget = 60 * options.pop("cpu_minutes")
+    registry.load(models, model)
+    launched = "MLFLOW_RUN_ID" in os.environ
+    client = tracking.connect()
+    data = prep.ensure(**options)
+    key = hashlib.sha256(f"{model} {seed} {budget} {data.digest}".encode()).hexdigest()[:12]
+    again = unfinished(client, key, options["data_dir"])
+    if again and launched:
+        with tracking.start("resume") as run:
+            run.name(f"{model} sweep, continued")
+            run.tags({"model": model, "continues": again.info.run_id})
+    with tracking.start("sweep", again=again) as run:
+        study = again.data.tags["study"] if again else f"{model}-{run.id[:8]}"
+        if again:
+            print(f"{model}: continuing the sweep that was interrupted, run {run.id}")
+            reconcile(run)
+        else:
+            run.name(f"{model} sweep")
+            run.tags({"model": model, "study": study, "sweep_key": key, "ended": "false"})
+            run.use_dataset(data, "train")
+        sweep(run, study, model, data, seed, 0.0 if again else budget, workers, launched, options)
+
+
+def sweep(
+    run: tracking.Run,
+    name: str,
+    model: str,
+    data: Dataset,
+    seed: int,
+    budget: float,
+    workers: int,
+    launched: bool,
+    options: dict[str, object],
+) -> None:
+    """Search and close; ``budget`` CPU-seconds are new, beside what the study's ledger has."""
+    folder = _folder(str(options["data_dir"]), name)
     space = registry.load(models, model).PARAMS
-    with tracking.start("sweep") as run:
-        run.name(f"{model} sweep")
-        run.tags({"model": model})
-        data = prep.ensure(**options)
-        run.use_dataset(data, "train")
-        name = f"{model}-{run.id[:8]}"
-        study = search.create_study(name, space, seed, options["data_dir"])
-        outcomes = search_model(run, study, model, data, seed, budget)
-        winner = finish(run, study, model, data, outcomes, budget)
+    with closing(Ledger(folder / "ledger.jsonl", budget)) as ledger:
+        study = search.open_study(name, space, seed, folder)
+        n_workers = workers or processes.usable_cores()
+        with closing(Progress(model, ledger.total)) as show:
+            engine = Engine(run, study, model, data, seed, ledger, n_workers, show, launched)
+            outcomes = engine.search()
+        run.tags({"ended": "true"})
+        winner = finish(run, study, model, data, outcomes, engine)
+        spent = engine.spent()
+        ledger.beat(spent - ledger.past - ledger.debited, {})
     print(
         f"{model}: best val_accuracy {winner.val_accuracy:.4f} of {len(outcomes)} trials on "
-        f"{data.title}, {budget.spent():.0f} of {budget.total:.0f} CPU-s, run {run.id}"
+        f"{data.title}, {spent:.0f} of {ledger.total:.0f} CPU-s, run {run.id}"
     )
     print(tracking.ui_hint(run.experiment_id))
 

@@ -1,5 +1,6 @@
 """What most tests share: a tracking store of their own, a tiny archive, members of one file."""
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ import mlflow
 import pytest
 from archives import write_archive
 
+ROOT = Path(__file__).parent.parent
 N_TRAIN = 520  # of the 780 letters that the tiny archive has for train and val
 
 
@@ -67,6 +69,9 @@ def add_member(
         folder.mkdir(exist_ok=True)
         (folder / f"{name}.py").write_text(source)
         monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
+        # The processes that a sweep starts find it by tests/toys.py.
+        monkeypatch.setenv("TOY_MODELS", str(folder))
+        monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
         added.append(f"{package.__name__}.{name}")
 
     yield add

@@ -1,5 +1,6 @@
 """What the two networks share: how they are trained and saved. Imports TensorFlow."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ class _Reporter(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         assert logs is not None
+        if not math.isfinite(logs["loss"]):
+            raise FloatingPointError(f"the loss is {logs['loss']} after epoch {epoch + 1}")
         if self.report(epoch + 1, logs["val_accuracy"]):
             self.model.stop_training = True
 

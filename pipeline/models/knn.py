@@ -18,6 +18,7 @@ PARAMS = {
     "blur": Param(0.0, FloatDistribution(0.0, 1.5, step=0.25)),  # pixels, standard deviation
     "n_components": Param(0, IntDistribution(0, 100, step=20)),  # of PCA; 0 keeps the pixels
 }
+PRELOAD = ("pipeline.models._neighbours",)  # imported once for all trials
 N_STEPS = 10  # rungs of the training letters; each costs as much as the next
 
 

@@ -18,6 +18,7 @@ PARAMS = {
     "batch_size": Param(32, CategoricalDistribution((32, 64, 128, 256))),
     "epochs": Param(10, IntDistribution(1, 20)),
 }
+PRELOAD = ("pipeline.models._keras",)  # imported once for all trials
 
 
 def build(params: Params, n_outputs: int = len(LETTERS)) -> "keras.Model":

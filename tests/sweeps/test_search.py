@@ -13,7 +13,7 @@ DISTRIBUTIONS = {name: param.distribution for name, param in SPACE.items()}
 
 
 def _proposals(folder: Path, name: str, seed: int, n_trials: int = 15) -> list[dict[str, object]]:
-    study = search.create_study(name, SPACE, seed, str(folder))
+    study = search.open_study(name, SPACE, seed, folder)
     for _ in range(n_trials):
         trial = study.ask(fixed_distributions=DISTRIBUTIONS)
         study.tell(trial, trial.params["rate"])
@@ -30,8 +30,18 @@ def test_the_seed_decides_what_is_proposed(tmp_path: Path) -> None:
     assert _proposals(tmp_path, "c", seed=1)[1:] != first[1:]
 
 
+def test_a_continued_study_draws_other_trials_and_leaves_none_running(tmp_path: Path) -> None:
+    first = _proposals(tmp_path, "a", seed=0, n_trials=3)
+    search.open_study("a", SPACE, 0, tmp_path).ask(fixed_distributions=DISTRIBUTIONS)
+    study = search.open_study("a", SPACE, 0, tmp_path)
+    trial = study.ask(fixed_distributions=DISTRIBUTIONS)
+    # The trial that was running has failed, and what comes now was not proposed before.
+    assert [trial.state.name for trial in study.trials] == [*["COMPLETE"] * 3, "FAIL", "RUNNING"]
+    assert trial.params not in [*first, study.trials[3].params]
+
+
 def test_importances_sum_to_one_and_find_what_matters(tmp_path: Path) -> None:
-    study = search.create_study("a", SPACE, 0, str(tmp_path))
+    study = search.open_study("a", SPACE, 0, tmp_path)
     assert search.importances(study) == {}
     for _ in range(20):
         trial = study.ask(fixed_distributions=DISTRIBUTIONS)

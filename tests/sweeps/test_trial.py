@@ -1,35 +1,16 @@
-from collections.abc import Iterator
-
 import optuna
 import pytest
 
-from sweeps.budget import Budget
+from pipeline.tracking import Point
 from sweeps.trial import Referee
 
-
-class Scripted(Budget):
-    """A budget of 100 CPU-seconds whose meter shows one number after the other."""
-
-    def __init__(self, *readings: float) -> None:
-        super().__init__(100 / 60)
-        self.readings: Iterator[float] = iter(readings)
-        self.now = 0.0
-
-    def spent(self) -> float:
-        return self.now
-
-    def tick(self) -> None:
-        self.now = next(self.readings)
-
-
-def _play(budget: Scripted, n_steps: int) -> Referee:
-    study = optuna.create_study(pruner=optuna.pruners.NopPruner())
-    referee = Referee(study.ask(), budget)
-    for step in range(1, n_steps + 1):
-        budget.tick()
-        if referee(step, 0.5):
-            break
-    return referee
+END = {
+    "trial": 0,
+    "end": {"whole": True, "model_uri": "models:/m-1"},
+    "cpu_seconds": 12.0,
+    "signal": 0,
+    "over_budget": False,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -37,23 +18,53 @@ def _quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
+def _play(*costs: float, number: int = 0, lower: float = 0.0) -> Referee:
+    """A trial with a grant of 25, of which 2 are for logging, that has spent ``costs`` by step."""
+    pruner = optuna.pruners.ThresholdPruner(lower=lower)
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+    for _ in range(number):
+        study.ask()
+    referee = Referee(study.ask(), 25.0, 2.0)
+    for step, cost in enumerate(costs, 1):
+        if referee(Point(step, 0.0, {"val_accuracy": 0.5, "fit_cpu_seconds": cost})):
+            break
+    return referee
+
+
 def test_a_fit_inside_its_grant_goes_on() -> None:
-    assert _play(Scripted(5.0, 10.0, 15.0), 3).state == "complete"
+    assert _play(5.0, 10.0, 15.0).state == "complete"
 
 
 def test_a_step_that_would_not_fit_is_not_begun() -> None:
-    # The grant is 25: after 20 another step of 10 would end at 30.
-    referee = _play(Scripted(10.0, 20.0, 30.0), 3)
+    # After 14 another step of 9 ends at 23, and 2 are left for logging; a step of 10 would not fit.
+    assert _play(5.0, 14.0).state == "complete"
+    referee = _play(4.0, 14.0, 24.0)
     assert referee.state == "over_budget"
-    assert referee.steps == [0.0, 10.0, 20.0]
+    assert len(referee.curve) == 2
 
 
-def test_the_pruner_stops_a_trial() -> None:
-    study = optuna.create_study(
-        direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=0.9)
-    )
-    budget = Scripted(1.0)
-    referee = Referee(study.ask(), budget)
-    budget.tick()
-    assert referee(1, 0.5)
-    assert referee.state == "pruned"
+def test_the_pruner_stops_a_trial_but_never_the_baseline() -> None:
+    assert _play(1.0, number=1, lower=0.9).state == "pruned"
+    assert _play(1.0, number=0, lower=0.9).state == "complete"
+
+
+@pytest.mark.parametrize(
+    ("event", "state", "failure"),
+    [
+        ({}, "complete", None),
+        ({"end": {"whole": False, "model_uri": "models:/m-1"}}, "pruned", None),
+        ({"end": {"over_budget": True}, "over_budget": True}, "over_budget", None),
+        ({"end": {"failure": "nan_loss", "error": "x"}}, "failed", "nan_loss"),
+        ({"end": None, "signal": 9}, "killed", "killed"),
+        ({"end": None, "signal": 9, "over_budget": True}, "over_budget", None),
+    ],
+)
+def test_an_end_is_classified(event: dict[str, object], state: str, failure: str | None) -> None:
+    outcome = _play(1.0, 3.0, number=1).outcome("run", END | event, 50.0)
+    if state == "pruned":
+        outcome = _play(1.0, number=1, lower=0.9).outcome("run", END | event, 50.0)
+    assert (outcome.state, outcome.failure) == (state, failure)
+    # What was reported counts, however it ended; the bill is the kernel's.
+    assert outcome.val_accuracy == 0.5
+    assert outcome.cpu_seconds == 12.0
+    assert outcome.first_step_cpu_seconds == 1.0
