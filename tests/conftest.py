@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,7 @@ import pytest
 from archives import write_archive
 
 ROOT = Path(__file__).parent.parent
+AddMember = Callable[[ModuleType, str, str], None]
 N_TRAIN = 520  # of the 780 letters that the tiny archive has for train and val
 
 
@@ -30,12 +32,7 @@ def store(
     fresh_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> mlflow.MlflowClient:
     """A client of a tracking store that this test alone uses."""
-    uri = f"sqlite:///{shutil.copy(fresh_store, tmp_path)}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    return mlflow.MlflowClient(uri)
+    return open_store(fresh_store, tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -58,22 +55,37 @@ def data_options(archive: Path, tmp_path: Path) -> dict[str, object]:
 
 
 @pytest.fixture
-def add_member(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[ModuleType, str, str], None]]:
+def add_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AddMember]:
     """add_member(package, name, source) makes a model or data set of one file, for this test."""
+    with members(tmp_path, monkeypatch) as add:
+        yield add
+
+
+@contextmanager
+def members(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[AddMember]:
+    """What ``add_member`` does, for fixtures that live longer than a test."""
     added: list[str] = []
 
     def add(package: ModuleType, name: str, source: str) -> None:
-        folder = tmp_path / package.__name__
-        folder.mkdir(exist_ok=True)
-        (folder / f"{name}.py").write_text(source)
-        monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
+        home = folder / package.__name__
+        home.mkdir(exist_ok=True)
+        (home / f"{name}.py").write_text(source)
+        patch.setattr(package, "__path__", [*package.__path__, str(home)])
         # The processes that a sweep starts find it by tests/toys.py.
-        monkeypatch.setenv("TOY_MODELS", str(folder))
-        monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        patch.setenv("TOY_MODELS", str(home))
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
         added.append(f"{package.__name__}.{name}")
 
     yield add
     for name in added:
         sys.modules.pop(name, None)
+
+
+def open_store(original: Path, folder: Path, patch: pytest.MonkeyPatch) -> mlflow.MlflowClient:
+    """A client of a copy of a tracking store in ``folder``, which all steps use from now on."""
+    uri = f"sqlite:///{shutil.copy(original, folder)}"
+    patch.setenv("MLFLOW_TRACKING_URI", uri)
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        patch.delenv(name, raising=False)
+    patch.chdir(folder)
+    return mlflow.MlflowClient(uri)

@@ -1,5 +1,8 @@
 """Calling a step in this process, as MLproject does from the command line."""
 
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -60,3 +63,17 @@ def runs(store: mlflow.MlflowClient, step: str) -> list[Any]:
 def artifacts(store: mlflow.MlflowClient, run_id: str) -> set[str]:
     """Names of a run's artifacts."""
     return {item.path for item in store.list_artifacts(run_id)}
+
+
+def wait(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether ``condition`` comes to hold within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and is not waited for does not."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"

@@ -1,6 +1,6 @@
 """``evaluate``, ``compare`` and ``promote``, after two sweeps of cheap models."""
 
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,44 +8,58 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import N_TRAIN, members, open_store
 from steps import arguments, artifacts, runs, toy
 
 from pipeline import compare, evaluate, models, prep, promote
 from pipeline.spec import Dataset, UserError
 from sweeps import sweep
-from sweeps.budget import Budget
+from sweeps.budget import own_cpu_seconds
+
+
+@pytest.fixture(scope="module")
+def store_with_sweeps(
+    fresh_store: Path, archive: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """A tracking store with a sweep of KNN, and one of a toy model that is worse; and its data."""
+    folder = tmp_path_factory.mktemp("swept")
+    with pytest.MonkeyPatch.context() as patch, members(folder, patch) as add:
+        open_store(fresh_store, folder, patch)
+        add(models, "toy", toy())
+        for model in ("knn", "toy"):
+            data = {"dataset": "emnist_letters", "archive": archive, "n_train": N_TRAIN}
+            minutes = (own_cpu_seconds() + 11) / 60
+            options = {"model": model, "seed": 0, "cpu_minutes": minutes, "workers": 2}
+            sweep.main(arguments(data | options | {"data_dir": folder / "data"}))
+        yield folder
 
 
 @pytest.fixture
 def swept(
-    store: mlflow.MlflowClient,
-    data_options: dict[str, Any],
-    add_member: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    store_with_sweeps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> mlflow.MlflowClient:
-    """A store with a sweep of two trials of KNN, and one of a toy model that is worse."""
-    add_member(models, "toy", toy())
-    for model in ("knn", "toy"):
-        left = iter([100.0] * 2 + [0.0])
-        monkeypatch.setattr(Budget, "left", lambda self, left=left: next(left))
-        monkeypatch.setattr(Budget, "grant", lambda self: 100.0)
-        sweep.main(arguments(data_options | {"model": model, "seed": 0, "cpu_minutes": 1}))
-    return store
+    """A client of a copy of that store, which this test alone uses."""
+    return open_store(store_with_sweeps / "mlflow.db", tmp_path, monkeypatch)
 
 
-def _compare(options: dict[str, Any]) -> None:
-    compare.main(arguments({"dataset_digest": "latest", "data_dir": options["data_dir"]}))
+@pytest.fixture
+def data_dir(store_with_sweeps: Path) -> Path:
+    return store_with_sweeps / "data"
 
 
-def _evaluate(options: dict[str, Any], run_id: str) -> None:
-    evaluate.main(arguments({"run_id": run_id, "data_dir": options["data_dir"]}))
+def _compare(data_dir: Path) -> None:
+    compare.main(arguments({"dataset_digest": "latest", "data_dir": data_dir}))
+
+
+def _evaluate(data_dir: Path, run_id: str) -> None:
+    evaluate.main(arguments({"run_id": run_id, "data_dir": data_dir}))
 
 
 def test_evaluate_measures_the_logged_model_on_test(
-    swept: mlflow.MlflowClient, data_options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    swept: mlflow.MlflowClient, data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (knn, _), (data,) = runs(swept, "sweep"), _data(data_options)
-    _evaluate(data_options, knn.info.run_id)
+    (knn, _), (data,) = runs(swept, "sweep"), _data(data_dir)
+    _evaluate(data_dir, knn.info.run_id)
     (run,) = runs(swept, "evaluate")
     test = data.part("test")
     guess = mlflow.pyfunc.load_model(knn.data.tags["model_uri"]).predict(np.array(test.images))
@@ -64,17 +78,17 @@ def test_evaluate_measures_the_logged_model_on_test(
 
 
 def test_evaluate_takes_the_latest_run_with_a_model(
-    swept: mlflow.MlflowClient, data_options: dict[str, Any]
+    swept: mlflow.MlflowClient, data_dir: Path
 ) -> None:
-    _evaluate(data_options, "latest")
+    _evaluate(data_dir, "latest")
     (run,) = runs(swept, "evaluate")
     assert run.data.tags["evaluated_run_id"] == runs(swept, "sweep")[-1].info.run_id
 
 
 def test_compare_shows_the_sweeps_side_by_side(
-    swept: mlflow.MlflowClient, data_options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    swept: mlflow.MlflowClient, data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _compare(data_options)
+    _compare(data_dir)
     (run,) = runs(swept, "compare")
     table = pd.read_csv(
         mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/comparison.csv")
@@ -98,21 +112,18 @@ def test_compare_shows_the_sweeps_side_by_side(
     assert "tiny.zip (EMNIST's layout, not EMNIST)" in note
 
 
-def test_compare_evaluates_a_model_once(
-    swept: mlflow.MlflowClient, data_options: dict[str, Any]
-) -> None:
-    _compare(data_options)
-    _compare(data_options)
+def test_compare_evaluates_a_model_once(swept: mlflow.MlflowClient, data_dir: Path) -> None:
+    _compare(data_dir)
+    _compare(data_dir)
     assert len(runs(swept, "evaluate")) == 2
     assert len(runs(swept, "compare")) == 2
 
 
 def test_compare_without_its_letters_names_the_cure(
-    swept: mlflow.MlflowClient, data_options: dict[str, Any]
+    swept: mlflow.MlflowClient, data_dir: Path
 ) -> None:
-    shutil.rmtree(data_options["data_dir"])
     with pytest.raises(UserError, match="run `mlflow run . -e prep`"):
-        _compare(data_options)
+        _compare(data_dir / "gone")
     assert [run.info.status for run in runs(swept, "compare")] == ["FAILED"]
 
 
@@ -165,5 +176,5 @@ def test_evaluate_and_promote_before_any_model_name_the_cure(store: mlflow.Mlflo
         promote.main(["--run_id", "best"])
 
 
-def _data(options: dict[str, Any]) -> list[Dataset]:
-    return [Dataset.open(path) for path in Path(options["data_dir"]).glob("emnist_letters-*")]
+def _data(data_dir: Path) -> list[Dataset]:
+    return [Dataset.open(path) for path in data_dir.glob("emnist_letters-*")]
