@@ -246,8 +246,8 @@ def reconcile(run: tracking.Run) -> None:
 
 
 def best(outcomes: Sequence[Outcome]) -> float:
-    """Best validation accuracy so far; 0 before a trial has reported one."""
-    return max((outcome.val_accuracy or 0.0 for outcome in outcomes), default=0.0)
+    """Best validation accuracy of a logged model so far; 0 before there is one."""
+    return max((one.val_accuracy or 0.0 for one in outcomes if one.model_uri), default=0.0)
 
 
 def tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
