@@ -38,11 +38,11 @@ $(BIN)/.installed: requirements.txt
 	"error: Python 3.11 to 3.13 is needed, but this is %d.%d: pass PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet uv==$(UV_VERSION)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.txt
 	touch $@
 
 $(BIN)/.dev: $(BIN)/.installed tests/requirements.txt
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -r tests/requirements.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r tests/requirements.txt
 	touch $@
 
 # One lock for all platforms and Pythons; the tools' lock takes shared versions from it.

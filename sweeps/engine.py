@@ -22,6 +22,15 @@ LOGGING_CPU_SECONDS = 2.0  # after a trial's last step, before one has shown wha
 BEAT_SECONDS = 0.5
 MAX_NURSERIES = 3  # a nursery that dies again and again is killed by something
 
+# What MLflow imports when it first writes: 1 CPU-second, once for all trials.
+LOGGING_PRELOAD = (
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.model_registry.sqlalchemy_store",
+    "mlflow.models.display_utils",
+    "git",
+    "alembic.command",
+    "sqlalchemy.dialects.sqlite",
+)
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 Show = Callable[[Outcome], None]
@@ -127,13 +136,13 @@ class Engine:
 
     def _fill(self) -> None:
         """Start trials while there are workers and the budget can pay for them."""
-        while len(self.live) < self.workers and self.left() > self.price():
+        while len(self.live) < self.workers and (left := self.left()) > self.price():
             if self.nursery is None:
-                preload = ["mlflow", "pipeline.train", *getattr(self.member, "PRELOAD", ())]
-                self.nursery = Nursery("sweeps.trial:body", preload)
+                preload = getattr(self.member, "PRELOAD", ())
+                self.nursery = Nursery("sweeps.trial:body", [*LOGGING_PRELOAD, *preload])
             space = {name: param.distribution for name, param in self.member.PARAMS.items()}
             trial = self.study.ask(fixed_distributions=space)
-            grant = min(self.left(), GRANT_SHARE * self.ledger.total)
+            grant = min(left, GRANT_SHARE * self.ledger.total)
             self.ledger.grant(trial.number, grant)
             name = f"{self.model} {trial.number:03}"
             tags = {"trial": trial.number, "state": "killed"}  # until it ends otherwise

@@ -28,7 +28,7 @@ def store_with_sweeps(
         add(models, "toy", toy())
         for model in ("knn", "toy"):
             data = {"dataset": "emnist_letters", "archive": archive, "n_train": N_TRAIN}
-            minutes = (own_cpu_seconds() + 11) / 60
+            minutes = (own_cpu_seconds() + 20) / 60
             options = {"model": model, "seed": 0, "cpu_minutes": minutes, "workers": 2}
             sweep.main(arguments(data | options | {"data_dir": folder / "data"}))
         yield folder
