@@ -7,6 +7,7 @@ that several runs can be open at once.
 import functools
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -122,6 +123,9 @@ class Run:
         Requirements are given, since MLflow would import the model anew in a process of its own to
         infer them: 5 to 8 CPU-seconds, against 0.1.
         """
+
+        # It says for each model that it validates the example, on a line of its own.
+        logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
 
         class Flavor:
             """What ``Model.log`` wants of a flavour, less the option that flavours refuse."""
