@@ -3,7 +3,6 @@
 import signal
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
 from typing import NamedTuple
 
 import optuna
@@ -88,9 +87,12 @@ class Engine:
         return self.ledger.total - RESERVE_CPU_SECONDS - self.spent() - promised
 
     def price(self) -> float:
-        """CPU-seconds that a next trial needs to end well: its first step, and logging."""
+        """CPU-seconds that a next trial needs to end well: its first step, and logging.
+
+        The dearest so far: a trial that cannot pay for its first step leaves no model.
+        """
         costs = [outcome.first_step_cpu_seconds for outcome in self.outcomes]
-        return (median(costs) if costs else 0.0) + self.logging()
+        return max(costs, default=0.0) + self.logging()
 
     def logging(self) -> float:
         """CPU-seconds that a trial needs after its last step: the most that one needed so far."""
