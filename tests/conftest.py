@@ -1,20 +1,12 @@
 """What most tests share: a tracking store of their own, a tiny archive, members of one file."""
 
-import os
-import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import mlflow
 import pytest
 from archives import write_archive
-
-ROOT = Path(__file__).parent.parent
-AddMember = Callable[[ModuleType, str, str], None]
-N_TRAIN = 520  # of the 780 letters that the tiny archive has for train and val
+from stores import N_TRAIN, AddMember, members, open_store
 
 
 @pytest.fixture(scope="session")
@@ -59,33 +51,3 @@ def add_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AddM
     """add_member(package, name, source) makes a model or data set of one file, for this test."""
     with members(tmp_path, monkeypatch) as add:
         yield add
-
-
-@contextmanager
-def members(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[AddMember]:
-    """What ``add_member`` does, for fixtures that live longer than a test."""
-    added: list[str] = []
-
-    def add(package: ModuleType, name: str, source: str) -> None:
-        home = folder / package.__name__
-        home.mkdir(exist_ok=True)
-        (home / f"{name}.py").write_text(source)
-        patch.setattr(package, "__path__", [*package.__path__, str(home)])
-        # The processes that a sweep starts find it by tests/toys.py.
-        patch.setenv("TOY_MODELS", str(home))
-        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-        added.append(f"{package.__name__}.{name}")
-
-    yield add
-    for name in added:
-        sys.modules.pop(name, None)
-
-
-def open_store(original: Path, folder: Path, patch: pytest.MonkeyPatch) -> mlflow.MlflowClient:
-    """A client of a copy of a tracking store in ``folder``, which all steps use from now on."""
-    uri = f"sqlite:///{shutil.copy(original, folder)}"
-    patch.setenv("MLFLOW_TRACKING_URI", uri)
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
-        patch.delenv(name, raising=False)
-    patch.chdir(folder)
-    return mlflow.MlflowClient(uri)

@@ -8,8 +8,8 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import N_TRAIN, members, open_store
 from steps import arguments, artifacts, runs, toy
+from stores import N_TRAIN, members, open_store
 
 from pipeline import compare, evaluate, models, prep, promote
 from pipeline.spec import Dataset, UserError
