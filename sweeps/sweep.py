@@ -136,16 +136,19 @@ def unfinished(client: mlflow.MlflowClient, key: str, data_dir: str) -> RunEntit
         order_by=["attributes.start_time DESC"],
     )
     for run in found:
+        path = _ledger(data_dir, run.data.tags["study"])
+        if not path.exists():  # its folder was deleted: nothing is left to continue
+            continue
         try:
-            Ledger(_folder(data_dir, run.data.tags["study"]) / "ledger.jsonl", 0.0).close()
+            Ledger(path, 0.0).close()
         except Busy:  # another process is at it
             continue
         return run
     return None
 
 
-def _folder(data_dir: str, study: str) -> Path:
-    return Path(data_dir) / "studies" / study
+def _ledger(data_dir: str, study: str) -> Path:
+    return Path(data_dir) / "studies" / study / "ledger.jsonl"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -164,40 +167,40 @@ def main(argv: Sequence[str]) -> None:
             run.tags({"model": model, "continues": again.info.run_id})
     with tracking.start("sweep", again=again) as run:
         study = again.data.tags["study"] if again else f"{model}-{run.id[:8]}"
-        if again:
-            print(f"{model}: continuing the sweep that was interrupted, run {run.id}")
-            reconcile(run)
-        else:
-            run.name(f"{model} sweep")
-            run.tags({"model": model, "study": study, "sweep_key": key, "ended": "false"})
-            run.use_dataset(data, "train")
-        sweep(run, study, model, data, seed, 0.0 if again else budget, workers, launched, options)
+        path = _ledger(options["data_dir"], study)
+        # Opened before the tags are set by which the run can be continued: no crash in between
+        # leaves a sweep to continue that has no budget.
+        with closing(Ledger(path, 0.0 if again else budget)) as ledger:
+            if again:
+                print(f"{model}: continuing the sweep that was interrupted, run {run.id}")
+                reconcile(run)
+            else:
+                run.name(f"{model} sweep")
+                run.tags({"model": model, "study": study, "sweep_key": key, "ended": "false"})
+                run.use_dataset(data, "train")
+            sweep(run, ledger, path.parent, model, data, seed, workers, launched)
 
 
 def sweep(
     run: tracking.Run,
-    name: str,
+    ledger: Ledger,
+    folder: Path,
     model: str,
     data: Dataset,
     seed: int,
-    budget: float,
     workers: int,
     launched: bool,
-    options: dict[str, object],
 ) -> None:
-    """Search and close; ``budget`` CPU-seconds are new, beside what the study's ledger has."""
-    folder = _folder(str(options["data_dir"]), name)
-    space = registry.load(models, model).PARAMS
-    with closing(Ledger(folder / "ledger.jsonl", budget)) as ledger:
-        study = search.open_study(name, space, seed, folder)
-        n_workers = workers or processes.usable_cores()
-        with closing(Progress(model, ledger.total)) as show:
-            engine = Engine(run, study, model, data, seed, ledger, n_workers, show, launched)
-            outcomes = engine.search()
-        run.tags({"ended": "true"})
-        winner = finish(run, study, model, data, outcomes, engine)
-        spent = engine.spent()
-        ledger.beat(spent - ledger.past - ledger.debited, {})
+    """Search and close; the study lies in ``folder``, whose name is its name."""
+    study = search.open_study(folder.name, registry.load(models, model).PARAMS, seed, folder)
+    n_workers = workers or processes.usable_cores()
+    with closing(Progress(model, ledger.total)) as show:
+        engine = Engine(run, study, model, data, seed, ledger, n_workers, show, launched)
+        outcomes = engine.search()
+    run.tags({"ended": "true"})
+    winner = finish(run, study, model, data, outcomes, engine)
+    spent = engine.spent()
+    ledger.beat(spent - ledger.past - ledger.debited, {})
     print(
         f"{model}: best val_accuracy {winner.val_accuracy:.4f} of {len(outcomes)} trials on "
         f"{data.title}, {spent:.0f} of {ledger.total:.0f} CPU-s, run {run.id}"
