@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from pipeline.bill import METER
 from pipeline.spec import Param, Params, UserError
 
 Convert = Callable[[str, str], Any]  # (name, text) -> value
@@ -99,6 +100,13 @@ def workers(name: str, value: str) -> int:
     return int(value)
 
 
+def flag(name: str, value: str) -> bool:
+    """true or false."""
+    if value not in ("true", "false"):
+        raise UserError(f"{name} must be true or false, but {value!r} came: pass -P {name}=true")
+    return value == "true"
+
+
 def hyperparameters(model: str, space: Mapping[str, Param], given: Mapping[str, str]) -> Params:
     """Every hyperparameter of ``space``: the given text converted and checked, else the default."""
     for name in given:
@@ -151,6 +159,7 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     signal.signal(signal.SIGTERM, _terminate)
+    METER.loaded()
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from pipeline.bill import OVERHEAD
 from pipeline.spec import LETTERS, SIDE, Images, Part
 
 BLUE, GREY, RED = "#1f5fa8", "#9aa5b1", "#c0392b"
@@ -123,6 +124,30 @@ def best_so_far(trials: pd.DataFrame, title: str) -> Figure:
     best = trials["val_accuracy"].cummax().ffill()  # no gap where a trial failed
     axes.step(trials["spent_cpu_seconds"], best, where="post", color=RED, label="best so far")
     axes.legend(frameon=False)
+    return figure
+
+
+def bill(spent: Sequence[Mapping[str, float]], title: str) -> Figure:
+    """Where a sweep's CPU-seconds went beside fit, by cause, as it went on.
+
+    ``spent`` has the CPU-seconds of the whole sweep by cause, at the end of each trial.
+    """
+    x = [sum(one.values()) for one in spent]
+    causes = [cause for cause in OVERHEAD if any(one.get(cause, 0.0) >= 0.05 for one in spent)]
+    last = spent[-1]
+    figure, axes = _axes(title, "CPU-seconds of the sweep", "CPU-seconds of overhead")
+    axes.stackplot(
+        x,
+        [[max(0.0, one.get(cause, 0.0)) for one in spent] for cause in causes],
+        labels=[f"{cause}: {last.get(cause, 0.0):.1f}" for cause in causes],
+        colors=[f"C{i}" for i in range(len(causes))],
+        alpha=0.85,
+    )
+    fit = last.get("fit", 0.0)
+    axes.set_title(f"fit: {fit:.0f} of {x[-1]:.0f} CPU-s, {fit / x[-1]:.1%}", loc="right")
+    axes.set_title("")
+    figure.suptitle(title, x=0.01, ha="left")
+    axes.legend(frameon=False, loc="upper left", reverse=True)
     return figure
 
 

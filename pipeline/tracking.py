@@ -4,6 +4,7 @@ Runs are written through ``MlflowClient`` with explicit run ids, never through t
 that several runs can be open at once.
 """
 
+import fcntl
 import functools
 import importlib.metadata
 import json
@@ -30,6 +31,8 @@ from mlflow.entities import Run as RunEntity
 from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import Schema, TensorSpec
 
+from pipeline import owner
+from pipeline.bill import charge
 from pipeline.spec import LETTERS, SIDE, Dataset, Fitted, Images, UserError
 
 REGISTERED_MODEL = "letters"
@@ -41,11 +44,22 @@ SIGNATURE = ModelSignature(
 
 
 class Point(NamedTuple):
-    """Metrics of one step, and when they were measured (seconds since 1970)."""
+    """Metrics of one step, and when they were measured (seconds since 1970).
+
+    With a ``model_uri`` they are that model's, as well as the run's.
+    """
 
     step: int
     time: float
     values: Mapping[str, float]
+    model_uri: str | None = None
+
+
+class LoggedModel(NamedTuple):
+    """A model in the tracking store: its ``models:/`` address, its megabytes (10^6 bytes)."""
+
+    uri: str
+    mb: float
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,7 @@ class Run:
     id: str
     experiment_id: str
 
+    @charge("tracking")
     def name(self, name: str) -> None:
         self.client.update_run(self.id, name=name)
 
@@ -63,42 +78,69 @@ class Run:
         """Set the description, which the MLflow UI shows on the run's page."""
         self.tags({"mlflow.note.content": markdown})
 
+    @charge("tracking")
+    def write(
+        self,
+        points: Sequence[Point] = (),
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Log metrics of several steps, params and tags in one write."""
+        self.client.log_batch(
+            self.id,
+            metrics=[
+                Metric(
+                    key,
+                    float(value),
+                    int(point.time * 1000),
+                    point.step,
+                    model_id=point.model_uri and _model_id(point.model_uri),
+                )
+                for point in points
+                for key, value in point.values.items()
+            ],
+            params=[Param(key, str(value)) for key, value in (params or {}).items()],
+            tags=[RunTag(key, str(value)) for key, value in (tags or {}).items()],
+        )
+
     def tags(self, tags: Mapping[str, Any]) -> None:
-        entries = [RunTag(key, str(value)) for key, value in tags.items()]
-        self.client.log_batch(self.id, tags=entries)
+        self.write(tags=tags)
 
     def params(self, params: Mapping[str, Any]) -> None:
         """Log params, but for those that ``mlflow run`` has logged before us as they were typed."""
         there = self.client.get_run(self.id).data.params
-        entries = [Param(key, str(value)) for key, value in params.items() if key not in there]
-        self.client.log_batch(self.id, params=entries)
+        self.write(params={key: value for key, value in params.items() if key not in there})
 
     def metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        self.history([Point(step, time.time(), metrics)])
+        self.write([Point(step, time.time(), metrics)])
 
-    def history(self, points: Sequence[Point]) -> None:
-        """Log metrics of several steps in one write."""
-        entries = [
-            Metric(key, float(value), int(point.time * 1000), point.step)
-            for point in points
-            for key, value in point.values.items()
-        ]
-        self.client.log_batch(self.id, metrics=entries)
+    @charge("tracking")
+    def close(self, status: str) -> None:
+        self.client.set_terminated(self.id, status)
 
+    @charge("tracking")
     def figure(self, name: str, figure: Figure) -> None:
         self.client.log_figure(self.id, figure, name, save_kwargs={"dpi": 110})
 
+    @charge("tracking")
     def json(self, name: str, value: Mapping[str, Any]) -> None:
         self.client.log_dict(self.id, dict(value), name)
 
+    @charge("tracking")
     def csv(self, name: str, frame: pd.DataFrame) -> None:
         self.client.log_text(self.id, frame.to_csv(index=False), name)
 
+    @charge("tracking")
     def text(self, name: str, text: str) -> None:
         self.client.log_text(self.id, text, name)
 
     def use_dataset(self, data: Dataset, part: str | None = None) -> None:
         """Record the data set as the run's input, with the digest of all its content."""
+        self.input(data, part)
+        self.tags(dataset_tags(data))
+
+    @charge("tracking")
+    def input(self, data: Dataset, part: str | None) -> None:
         entity = DatasetEntity(
             name=data.name,
             digest=data.digest,  # MLflow's own digest of an array sees a few images only
@@ -108,17 +150,10 @@ class Run:
         )
         context = [InputTag("mlflow.data.context", part)] if part else []
         self.client.log_inputs(self.id, [DatasetInput(entity, context)])
-        self.tags(
-            {
-                "dataset": data.name,
-                "dataset_title": data.title,
-                "dataset_digest": data.digest,
-                "dataset_official": str(data.facts["official"]).lower(),
-            }
-        )
 
-    def log_model(self, fitted: Fitted, example: Images, step: int) -> str:
-        """Log a model with signature and pinned requirements; gives its ``models:/`` address.
+    @charge("tracking")
+    def log_model(self, fitted: Fitted, example: Images, step: int) -> LoggedModel:
+        """Log a model with signature and pinned requirements.
 
         Requirements are given, since MLflow would import the model anew in a process of its own to
         infer them: 5 to 8 CPU-seconds, against 0.1.
@@ -126,6 +161,7 @@ class Run:
 
         # It says for each model that it validates the example, on a line of its own.
         logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
+        sizes: list[int] = []  # bytes
 
         class Flavor:
             """What ``Model.log`` wants of a flavour, less the option that flavours refuse."""
@@ -133,6 +169,7 @@ class Run:
             @staticmethod
             def save_model(validate_serving_input: bool, **arguments: Any) -> None:
                 fitted.save_model(**arguments)
+                sizes.append(arguments["mlflow_model"].model_size_bytes or 0)
 
         info = Model.log(
             artifact_path=None,
@@ -145,13 +182,12 @@ class Run:
             validate_serving_input=False,  # it would load the model anew, at each trial's cost
             pip_requirements=requirements(fitted.requirements),
         )
-        self.tags({"model_uri": info.model_uri})
-        return str(info.model_uri)
+        return LoggedModel(str(info.model_uri), sum(sizes) / 1e6)
 
+    @charge("tracking")
     def link_model(self, model_uri: str) -> None:
         """Show a model that another run logged as an output of this one too."""
-        model_id = model_uri.removeprefix("models:/")
-        self.client.log_outputs(self.id, [LoggedModelOutput(model_id, step=0)])
+        self.client.log_outputs(self.id, [LoggedModelOutput(_model_id(model_uri), step=0)])
         self.tags({"model_uri": model_uri})
 
 
@@ -174,9 +210,11 @@ def start(
         run = Run(client, given, client.get_run(given).info.experiment_id)
     else:
         run = create(client, step, parent)
+    if parent is None:
+        reconcile(run)
     status = "KILLED"
     try:
-        run.tags({"step": step} | environment_tags())
+        run.tags({"step": step, "process": owner.me()} | environment_tags())
         yield run
         status = "FINISHED"
     except Exception as error:
@@ -185,9 +223,22 @@ def start(
         run.text("traceback.txt", traceback.format_exc())
         raise
     finally:
-        client.set_terminated(run.id, status)
+        run.close(status)
 
 
+@charge("tracking")
+def reconcile(run: Run) -> None:
+    """Close the runs that processes of this machine left RUNNING when they were killed."""
+    left = run.client.search_runs(
+        [run.experiment_id],
+        f"attributes.status = 'RUNNING' and tags.process LIKE '{owner.machine()} %'",
+    )
+    for other in left:
+        if other.info.run_id != run.id and owner.is_dead(other.data.tags["process"]):
+            run.client.set_terminated(other.info.run_id, "KILLED")
+
+
+@charge("tracking")
 def create(
     client: mlflow.MlflowClient,
     step: str,
@@ -200,10 +251,12 @@ def create(
     texts = {key: str(value) for key, value in (tags or {}).items()}
     texts |= {"mlflow.parentRunId": parent.id} if parent else {}
     texts |= {"step": step, "mlflow.source.name": step, "mlflow.source.type": "LOCAL"}
+    texts |= {"process": owner.me()}
     entity = client.create_run(home, tags=texts, run_name=name or step)
     return Run(client, entity.info.run_id, entity.info.experiment_id)
 
 
+@charge("tracking")
 def connect() -> mlflow.MlflowClient:
     """A client of the tracking store; one clear sentence where a server does not answer."""
     uri = mlflow.get_tracking_uri()
@@ -216,17 +269,49 @@ def connect() -> mlflow.MlflowClient:
                 f"the tracking server must answer, but {uri} gave {type(error).__name__}: "
                 "start it, correct MLFLOW_TRACKING_URI, or unset it to track in ./mlflow.db"
             ) from error
-    return mlflow.MlflowClient()
+        return mlflow.MlflowClient()
+    # Two processes that make one store at once break it: MLflow has no lock for that.
+    folder = Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite") else Path()
+    with _locked(folder):
+        client = mlflow.MlflowClient()
+        experiment_id(client)
+    return client
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's own lock: no file is left behind."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def experiment_id(client: mlflow.MlflowClient) -> str:
     """The experiment that ``mlflow run`` would use: by id, by name, else the default one."""
     if given := os.environ.get("MLFLOW_EXPERIMENT_ID"):
         return given
-    if name := os.environ.get("MLFLOW_EXPERIMENT_NAME"):
-        found = client.get_experiment_by_name(name)
-        return str(found.experiment_id if found else client.create_experiment(name))
-    return "0"
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
+    if found := client.get_experiment_by_name(name):
+        return str(found.experiment_id)
+    try:
+        return str(client.create_experiment(name))
+    except mlflow.MlflowException as error:  # another process was faster
+        if found := client.get_experiment_by_name(name):
+            return str(found.experiment_id)
+        raise error
+
+
+def dataset_tags(data: Dataset) -> dict[str, str]:
+    """The data set of a run, to search runs by."""
+    return {
+        "dataset": data.name,
+        "dataset_title": data.title,
+        "dataset_digest": data.digest,
+        "dataset_official": str(data.facts["official"]).lower(),
+    }
 
 
 @functools.cache
@@ -292,7 +377,7 @@ def latest_sweeps(client: mlflow.MlflowClient, digest: str) -> dict[str, RunEnti
 
 
 def model_mb(model_uri: str) -> float:
-    """Megabytes (10^6 bytes) of a logged model's files."""
+    """Megabytes (10^6 bytes) of the files of a model that was logged before."""
     size = Model.load(model_uri).model_size_bytes or 0
     return float(size / 1e6)
 
@@ -312,6 +397,10 @@ def ui_hint(experiment: str) -> str:
     """How to look at the runs: MLflow opens another view than the runs table unless told so."""
     place = f"/#/experiments/{experiment}/runs?workflowType=machine_learning"
     return f"look at the runs: `mlflow ui`, then http://127.0.0.1:5000{place}"
+
+
+def _model_id(model_uri: str) -> str:
+    return model_uri.removeprefix("models:/")
 
 
 def _distribution(name: str) -> str:

@@ -12,63 +12,55 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline import cli, models, plots, prep, registry, tracking
+from pipeline.bill import METER, charge, completed, metrics
 from pipeline.spec import LETTERS, Dataset, Images, Params, Part, Report
 
 OPTIONS = prep.OPTIONS | {"model": cli.text, "seed": cli.seed}
 
 
 class Trained(NamedTuple):
-    """What a fit left behind; ``val_accuracy`` and ``step`` are those of the logged model."""
+    """What a fit left behind; ``val_accuracy`` and ``step`` are those of the logged model.
+
+    ``costs`` has wall_seconds, peak_rss_mb and model_mb.
+    """
 
     val_accuracy: float
     step: int
     whole: bool  # no step was left to do
-    fit_cpu_seconds: float
     model_uri: str
-
-
-def begin(run: tracking.Run, model: str, params: Params, data: Dataset, seed: int) -> None:
-    """Log what is known before a fit: params, model, data set."""
-    run.params(params | {"model": model, "seed": seed})
-    run.tags({"model": model})
-    run.use_dataset(data, "train")
+    costs: dict[str, float]
 
 
 def train(
     run: tracking.Run, model: str, params: Params, data: Dataset, seed: int, report: Report
 ) -> Trained:
-    """Fit a model and log it: accuracy by step, costs, model.
+    """Fit a model and log it. What it reports and costs is for the caller to log.
 
     ``report`` is asked after every step whether to stop; the model that is kept is the last one.
     Raises whatever the model's ``fit`` raises.
     """
-    started, began = time.process_time(), time.perf_counter()
+    began = time.perf_counter()
     curve: dict[int, float] = {}
-    history: list[tracking.Point] = []
 
     def note(step: int, val_accuracy: float) -> bool:
         curve[step] = val_accuracy
-        spent = time.process_time() - started
-        values = {"val_accuracy": val_accuracy, "fit_cpu_seconds": spent}
-        history.append(tracking.Point(step, time.time(), values))
         return report(step, val_accuracy)
 
-    train_part, val = data.part("train"), data.part("val")
-    fitted = registry.load(models, model).fit(params, train_part, val, seed, note)
+    with charge("data"):
+        train_part, val = data.part("train"), data.part("val")
+        example = one_of_each(train_part)
+    with charge("fit"):
+        fitted = registry.load(models, model).fit(params, train_part, val, seed, note)
     if not curve:
         raise RuntimeError(f"the model {model} must report at least one step, but reported none")
-    run.history(history)  # at once: a write for every step would be a trial's largest overhead
     last = max(curve)
-    model_uri = run.log_model(fitted, one_of_each(train_part), step=last)
+    logged = run.log_model(fitted, example, step=last)
     costs = {
-        "cpu_seconds": time.process_time() - started,
         "wall_seconds": time.perf_counter() - began,
         "peak_rss_mb": peak_rss_mb(),
-        "model_mb": tracking.model_mb(model_uri),
+        "model_mb": logged.mb,
     }
-    run.metrics(costs, last)
-    fit_cpu_seconds = history[-1].values["fit_cpu_seconds"]
-    return Trained(curve[last], last, last == fitted.n_steps, fit_cpu_seconds, model_uri)
+    return Trained(curve[last], last, last == fitted.n_steps, logged.uri, costs)
 
 
 def peak_rss_mb() -> float:
@@ -86,20 +78,27 @@ def main(argv: Sequence[str]) -> None:
     options, given = cli.parse("train", argv, OPTIONS)
     model, seed = options.pop("model"), options.pop("seed")
     params = cli.hyperparameters(model, registry.load(models, model).PARAMS, given)
-    curve: dict[int, float] = {}
+    curve: list[tracking.Point] = []
 
     def report(step: int, val_accuracy: float) -> bool:
-        curve[step] = val_accuracy
+        values = {"val_accuracy": val_accuracy, "fit_cpu_seconds": METER.seconds()["fit"]}
+        curve.append(tracking.Point(step, time.time(), values))
         print(f"{model}  step {step}  val_accuracy {val_accuracy:.4f}", flush=True)
         return False
 
     with tracking.start("train") as run:
         data = prep.ensure(**options)
-        begin(run, model, params, data, seed)
+        run.use_dataset(data, "train")
+        run.params(params | {"model": model, "seed": seed})
         result = train(run, model, params, data, seed, report)
+        bill = metrics(completed(METER.seconds(), time.process_time()))
+        costs = tracking.Point(result.step, time.time(), bill | result.costs)
+        curve[-1] = curve[-1]._replace(model_uri=result.model_uri)
+        run.write([*curve, costs], tags={"model": model, "model_uri": result.model_uri})
         run.name(f"{model} · {result.val_accuracy:.1%}")
         title = f"{model} on {data.title}"
-        run.figure("learning_curve.png", plots.learning_curve(curve, title))
+        accuracies = {point.step: point.values["val_accuracy"] for point in curve}
+        run.figure("learning_curve.png", plots.learning_curve(accuracies, title))
         example = one_of_each(data.part("train"))
         run.figure("input_example.png", plots.letters(example, list(LETTERS), data.title))
         table = tracking.markdown(["hyperparameter", "value"], list(params.items()))

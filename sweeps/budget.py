@@ -4,8 +4,11 @@ import fcntl
 import json
 import os
 import resource
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
+
+from pipeline.bill import added
 
 # For closing the sweep: figures, description, and what the nursery takes to end.
 RESERVE_CPU_SECONDS = 4.0
@@ -14,22 +17,36 @@ GRANT_SHARE = 0.25
 # What a trial may have spent between its last beat and its death.
 UNSEEN_CPU_SECONDS = 1.0
 
+Bill = Mapping[str, float]  # CPU-seconds by cause
+
 
 class Busy(Exception):
     """Another process has this ledger open: its sweep is alive."""
+
+
+class Opening(NamedTuple):
+    """The last opening of a ledger: by which command, for which run, and whether that has ended."""
+
+    key: str
+    run_id: str
+    ended: bool
 
 
 class Ledger:
     """What a sweep spent and promised, in a file that a crash cannot make forget.
 
     A line is a JSON object: ``open`` (a driver begins; ``total`` CPU-seconds), ``grant`` (before a
-    trial starts), ``beat`` (what driver and trials have spent so far), ``debit`` (a trial's bill).
-    User and system time of every process count. Where a driver died its last beat is what it
-    spent, and a grant without a debit counts at its last beat, or in full.
+    trial starts), ``beat`` (what driver and trials have spent so far), ``debit`` (a trial's bill),
+    ``end`` (the search is over). User and system time of every process count, by cause. Where a
+    driver died its last beat is what it spent, and a grant without a debit counts as ``lost``, at
+    its last beat or in full.
     """
 
-    def __init__(self, path: Path, cpu_seconds: float) -> None:
-        """Open the ledger at ``path``, adding ``cpu_seconds`` to a budget that is there already.
+    def __init__(self, path: Path, cpu_seconds: float, key: str, run_id: str) -> None:
+        """Open the ledger at ``path`` for the command ``key`` and a run.
+
+        Adds ``cpu_seconds`` to the budget, unless the same command has done so and not ended yet:
+        then its budget is what is left of it.
 
         Raises:
             Busy: another process has it open.
@@ -45,28 +62,36 @@ class Ledger:
         text = self._file.read()
         if text and not text.endswith("\n"):
             self._file.write("\n")  # a line that a power cut has torn must not spoil the next
-        self.total, self.past = _read(text)
-        self.total += cpu_seconds
+        self.total, self.past, last = _read(text)
+        if last is None or last.ended or last.key != key:
+            self.total += cpu_seconds
         self.granted: dict[int, float] = {}  # trial: CPU-seconds; of trials that run now
-        self.debited = 0.0  # CPU-seconds, since this was opened
-        self._write({"kind": "open", "pid": os.getpid(), "total": self.total})
+        self.debited: Bill = {}  # since this was opened
+        self._write(
+            {"kind": "open", "key": key, "run_id": run_id, "pid": os.getpid(), "total": self.total}
+        )
 
     def grant(self, trial: int, cpu_seconds: float) -> None:
         """Promise CPU-seconds to a trial; on disk before the trial begins."""
         self.granted[trial] = cpu_seconds
         self._write({"kind": "grant", "trial": trial, "cpu_seconds": cpu_seconds})
 
-    def debit(self, trial: int, cpu_seconds: float) -> None:
+    def debit(self, trial: int, bill: Bill) -> None:
         """Book what a trial and its children have spent, by the kernel's own account."""
         del self.granted[trial]
-        self.debited += cpu_seconds
-        self._write({"kind": "debit", "trial": trial, "cpu_seconds": cpu_seconds})
+        self.debited = added(self.debited, bill)
+        total = sum(bill.values())
+        self._write({"kind": "debit", "trial": trial, "cpu_seconds": total, "bill": bill})
 
-    def beat(self, own: float, trials: dict[int, float]) -> None:
+    def beat(self, own: Bill, trials: dict[int, float]) -> None:
         """Note what driver and nursery (``own``) and the running trials have spent so far."""
         record = {"kind": "beat", "own": own, "trials": trials}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()  # outlives a kill; a power cut may cost a few beats
+
+    def end(self, own: Bill) -> None:
+        """The command that opened this has done what it had to; its bill so far."""
+        self._write({"kind": "end", "own": own})
 
     def close(self) -> None:
         """Give the ledger free for a later process."""
@@ -78,9 +103,25 @@ class Ledger:
         os.fsync(self._file.fileno())
 
 
-def _read(text: str) -> tuple[float, float]:
-    """Budget and spending of the drivers before this one, in CPU-seconds."""
-    total = past = own = 0.0
+def last_opening(path: Path) -> Opening | None:
+    """Who opened a ledger last; None where there is none that tells.
+
+    Raises:
+        Busy: a process has it open.
+    """
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(path) from error
+        return _read(file.read())[2]
+
+
+def _read(text: str) -> tuple[float, Bill, Opening | None]:
+    """Budget and spending of the drivers before this one, and the last of them."""
+    total, opening = 0.0, None
+    past: Bill = {}
+    own: Bill = {}
     open_grants: dict[int, float] = {}
     beats: dict[int, float] = {}
     for line in text.splitlines():
@@ -89,25 +130,29 @@ def _read(text: str) -> tuple[float, float]:
         except ValueError:  # torn by a power cut
             continue
         if record["kind"] == "open":
-            past += own + _unpaid(open_grants, beats)
-            total, own, open_grants, beats = record["total"], 0.0, {}, {}
+            past = added(past, own, _unpaid(open_grants, beats))
+            total, own, open_grants, beats = record["total"], {}, {}, {}
+            opening = Opening(record["key"], record["run_id"], False)
         elif record["kind"] == "grant":
             open_grants[record["trial"]] = record["cpu_seconds"]
-        elif record["kind"] == "beat":
-            own = record["own"]
-            beats |= {int(trial): spent for trial, spent in record["trials"].items()}
-        else:
+        elif record["kind"] == "debit":
             open_grants.pop(record["trial"], None)
-            past += record["cpu_seconds"]
-    return total, past + own + _unpaid(open_grants, beats)
+            past = added(past, record["bill"])
+        else:
+            own = record["own"]
+            beats |= {int(trial): spent for trial, spent in record.get("trials", {}).items()}
+            if record["kind"] == "end" and opening:
+                opening = opening._replace(ended=True)
+    return total, added(past, own, _unpaid(open_grants, beats)), opening
 
 
-def _unpaid(grants: dict[int, float], beats: dict[int, float]) -> float:
+def _unpaid(grants: dict[int, float], beats: dict[int, float]) -> Bill:
     """What trials without a debit have spent: what their last beats say, and a little more."""
-    return sum(
+    spent = [
         min(grant, beats[trial] + UNSEEN_CPU_SECONDS) if trial in beats else grant
         for trial, grant in grants.items()
-    )
+    ]
+    return {"lost": sum(spent)} if spent else {}
 
 
 def own_cpu_seconds() -> float:

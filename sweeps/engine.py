@@ -3,14 +3,16 @@
 import signal
 import time
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import optuna
+from mlflow.entities import Run as RunEntity
 from optuna.trial import TrialState
 
 from pipeline import models, registry, tracking
-from pipeline.spec import Dataset
-from pipeline.train import begin
+from pipeline.bill import METER, added, charge, completed, metrics
+from pipeline.spec import Dataset, Params
 from sweeps import processes
 from sweeps.budget import GRANT_SHARE, RESERVE_CPU_SECONDS, Ledger, own_cpu_seconds
 from sweeps.nursery import Message, Nursery
@@ -35,6 +37,21 @@ _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 Show = Callable[[Outcome], None]
 
 
+class Task(NamedTuple):
+    """What a sweep is to do.
+
+    Attributes:
+        workers: trials side by side.
+        launched: by ``mlflow run``; then the sweep ends where that process ends.
+    """
+
+    model: str
+    data: Dataset
+    seed: int
+    workers: int
+    launched: bool
+
+
 class _Live(NamedTuple):
     run: tracking.Run
     referee: Referee
@@ -44,39 +61,48 @@ class Engine:
     """One driver's work on a sweep."""
 
     def __init__(
-        self,
-        run: tracking.Run,
-        study: optuna.Study,
-        model: str,
-        data: Dataset,
-        seed: int,
-        ledger: Ledger,
-        workers: int,
-        show: Show,
-        launched: bool,
+        self, run: tracking.Run, study: optuna.Study, task: Task, ledger: Ledger, show: Show
     ) -> None:
-        """``launched``: by ``mlflow run``; then this sweep ends where that process ends."""
-        self.run, self.study, self.model = run, study, model
-        self.data, self.seed, self.workers, self.show = data, seed, workers, show
-        self.ledger = ledger
-        self.member = registry.load(models, model)
+        self.run, self.study, self.task, self.ledger, self.show = run, study, task, ledger, show
+        self.member = registry.load(models, task.model)
+        self.tags = tracking.environment_tags() | tracking.dataset_tags(task.data)
+        self.tags |= {"model": task.model, "study": study.study_name}
         self.outcomes = past_outcomes(study)
         self.live: dict[int, _Live] = {}
         self.nursery: Nursery | None = None
+        self.imported = 0.0  # CPU-seconds that the nurseries before this one took to load
         self.lost = 0.0  # CPU-seconds of trials whose nursery died before it could bill them
+        self.buried: set[int] = set()  # trials that died with their nursery
         self.beaten = 0.0
         self.interrupted = False
-        self.launched = launched
         self.launchers = processes.launchers()
 
     # ---- the budget
 
-    def spent(self) -> float:
-        """CPU-seconds of the sweep so far: every process, and every driver before this one."""
-        total = self.ledger.past + own_cpu_seconds() + self.lost
+    def own(self) -> dict[str, float]:
+        """CPU-seconds of driver and nursery since the ledger was opened, by cause."""
+        total = own_cpu_seconds() + self.lost - sum(self.ledger.debited.values())
+        bill, imported = METER.seconds(), self.imported
         if self.nursery:
-            total += self.nursery.cpu_seconds() + sum(self.nursery.live.values())
-        return total
+            total += self.nursery.cpu_seconds()
+            imported += self.nursery.imported
+        bill["import"] = bill.get("import", 0.0) + imported
+        return completed(bill, total)
+
+    def bill(self) -> dict[str, float]:
+        """CPU-seconds of the sweep so far, by cause: every process, and every driver before.
+
+        What a running trial has spent since its last report counts as fit.
+        """
+        bills = [self.ledger.past, self.ledger.debited, self.own()]
+        for trial, spent in (self.nursery.live if self.nursery else {}).items():
+            reported = self.live[trial].referee.bill
+            bills += [reported, {"fit": max(0.0, spent - sum(reported.values()))}]
+        return added(*bills)
+
+    def spent(self) -> float:
+        """CPU-seconds of the sweep so far."""
+        return sum(self.bill().values())
 
     def left(self) -> float:
         """CPU-seconds that are neither spent nor granted nor needed to close the sweep."""
@@ -132,36 +158,49 @@ class Engine:
         self.interrupted = True
 
     def _one_cause(self) -> bool:
-        """Whether the first trials have all failed."""
+        """Whether the first trials have all failed, or died otherwise than with their nursery."""
         first = self.outcomes[:MAX_FAILURES]
-        return len(first) == MAX_FAILURES and all(one.state == "failed" for one in first)
+        failed = [one for one in first if one.failure and one.number not in self.buried]
+        return len(failed) == MAX_FAILURES
 
     def _fill(self) -> None:
         """Start trials while there are workers and the budget can pay for them."""
-        while len(self.live) < self.workers and (left := self.left()) > self.price():
+        while len(self.live) < self.task.workers and (left := self.left()) > self.price():
             if self.nursery is None:
-                preload = getattr(self.member, "PRELOAD", ())
-                self.nursery = Nursery("sweeps.trial:body", [*LOGGING_PRELOAD, *preload])
+                self.nursery = Nursery("sweeps.trial:body", preload(self.member))
             space = {name: param.distribution for name, param in self.member.PARAMS.items()}
-            trial = self.study.ask(fixed_distributions=space)
-            grant = min(left, GRANT_SHARE * self.ledger.total)
-            self.ledger.grant(trial.number, grant)
-            name = f"{self.model} {trial.number:03}"
-            tags = {"trial": trial.number, "state": "killed"}  # until it ends otherwise
-            tags |= tracking.environment_tags()
-            child = tracking.create(self.run.client, "trial", self.run, name, tags)
-            self.live[trial.number] = _Live(child, Referee(trial, grant, self.logging()))
-            begin(child, self.model, trial.params, self.data, self.seed)
-            spec = {
-                "model": self.model,
-                "params": trial.params,
-                "root": str(self.data.root),
-                "seed": self.seed,
-                "run_id": child.id,
-                "experiment_id": child.experiment_id,
-            }
-            self.nursery.start(trial.number, spec, grant)
-            self._beat()
+            with charge("search"):
+                trial = self.study.ask(fixed_distributions=space)
+            self._start(trial, min(left, GRANT_SHARE * self.ledger.total))
+
+    def _start(self, trial: optuna.Trial, grant: float) -> None:
+        """Promise a trial its grant, open its child run, have the nursery fork it."""
+        assert self.nursery is not None
+        number = trial.number
+        self.ledger.grant(number, grant)
+        child = self._create(number)
+        self.live[number] = _Live(child, Referee(trial, grant, self.logging()))
+        child.write(params=self._params(trial.params))
+        child.input(self.task.data, "train")
+        spec = {
+            "model": self.task.model,
+            "params": trial.params,
+            "root": str(self.task.data.root),
+            "seed": self.task.seed,
+            "run_id": child.id,
+            "experiment_id": child.experiment_id,
+        }
+        self.nursery.start(number, spec, grant)
+        self._beat()
+
+    def _create(self, number: int) -> tracking.Run:
+        """The child run of a trial: killed, until the trial ends otherwise."""
+        tags = self.tags | {"trial": number, "state": "killed"}
+        name = f"{self.task.model} {number:03}"
+        return tracking.create(self.run.client, "trial", self.run, name, tags)
+
+    def _params(self, params: Params) -> Params:
+        return params | {"model": self.task.model, "seed": self.task.seed}
 
     def _hear(self) -> None:
         """Answer reports, book ends, keep the ledger's account of what is spent."""
@@ -170,51 +209,49 @@ class Engine:
             if "end" in event:
                 self._end(event)
             elif event["trial"] in self.live:
-                self.nursery.answer(event["trial"], {"stop": self._report(event)})
+                stop = self.live[event["trial"]].referee(event["message"])
+                self.nursery.answer(event["trial"], {"stop": stop})
         if time.monotonic() - self.beaten > BEAT_SECONDS:
             self._beat()
-            if self.launched and processes.launchers() != self.launchers:
+            if self.task.launched and processes.launchers() != self.launchers:
                 self.interrupted = True  # mlflow run is gone: nobody waits for this any longer
 
     def _beat(self) -> None:
         """Note in the ledger what is spent so far: what a crash now would leave known."""
         assert self.nursery is not None
         self.beaten = time.monotonic()
-        trials = dict(self.nursery.live)
-        own = self.spent() - self.ledger.past - self.ledger.debited - sum(trials.values())
-        self.ledger.beat(own, trials)
-
-    def _report(self, event: Message) -> bool:
-        message = event["message"]
-        values = {
-            "val_accuracy": float(message["val_accuracy"]),
-            "fit_cpu_seconds": float(message["cpu_seconds"]),
-        }
-        referee = self.live[event["trial"]].referee
-        return referee(tracking.Point(int(message["step"]), time.time(), values))
+        self.ledger.beat(self.own(), dict(self.nursery.live))
 
     def _end(self, event: Message) -> None:
         """Book a trial's bill, tell Optuna, close its child run."""
         number = event["trial"]
         run, referee = self.live.pop(number)
-        self.ledger.debit(number, event["cpu_seconds"])
-        outcome = referee.outcome(run.id, event, self.spent())
+        outcome = referee.outcome(run.id, event)
+        self.ledger.debit(number, outcome.bill)
+        outcome = outcome._replace(spent=self.bill())
         tell(self.study, referee.trial, outcome)
         self.outcomes.append(outcome)
         end = event["end"] or {}
-        if outcome.model_uri is None:  # the trial did not log its reports itself
-            run.history(referee.curve)
-            if traceback := end.get("traceback"):
-                run.text("traceback.txt", traceback)
-        tags = {"state": outcome.state, "failure": outcome.failure, "error": outcome.error}
-        run.tags({name: value for name, value in tags.items() if value})
-        bill = {"cpu_seconds": outcome.cpu_seconds, "peak_rss_mb": event["peak_rss_mb"]}
-        run.metrics(bill, referee.curve[-1].step if referee.curve else 0)
+        if traceback := end.get("traceback"):
+            run.text("traceback.txt", traceback)
+        texts = {
+            "state": outcome.state,
+            "failure": outcome.failure,
+            "error": outcome.error,
+            "model_uri": outcome.model_uri,
+        }
+        costs = metrics(outcome.bill) | {"peak_rss_mb": event["peak_rss_mb"]} | end.get("costs", {})
+        last = referee.curve[-1].step if referee.curve else 0
+        # At once: a write for every step would be a trial's largest overhead.
+        run.write(
+            [*referee.curve, tracking.Point(last, time.time(), costs)],
+            tags={name: text for name, text in texts.items() if text},
+        )
         if outcome.val_accuracy is not None:
-            run.name(f"{self.model} {number:03} · {outcome.val_accuracy:.1%}")
-        run.client.set_terminated(run.id, STATUS[outcome.state])
+            run.name(f"{self.task.model} {number:03} · {outcome.val_accuracy:.1%}")
+        run.close(STATUS[outcome.state])
         # Best and bill so far, by trial: the last values are the sweep's own.
-        progress = {"val_accuracy": best(self.outcomes), "cpu_seconds": outcome.spent_cpu_seconds}
+        progress = {"val_accuracy": best(self.outcomes)} | metrics(outcome.spent)
         self.run.metrics(progress, len(self.outcomes) - 1)
         self.show(outcome)
 
@@ -224,7 +261,9 @@ class Engine:
         nursery, self.nursery = self.nursery, None
         spent = dict(nursery.live)
         nursery.close()
+        self.imported += nursery.imported
         self.lost += sum(spent.values())
+        self.buried |= set(self.live)
         for number in list(self.live):
             self._end(_killed(number, spent.get(number, 0.0)))
 
@@ -232,7 +271,46 @@ class Engine:
         """End the nursery, and book what still runs as killed."""
         if self.nursery:
             self._bury_nursery()
-        reconcile(self.run)
+        self._close_runs(self._runs("attributes.status = 'RUNNING' and "))
+
+    def recover(self) -> None:
+        """Make good what the drivers before this one had no time for.
+
+        No child run is left RUNNING, and every trial that was proposed has one.
+        """
+        begun = [
+            trial
+            for trial in self.study.get_trials(deepcopy=False)
+            if trial.state != TrialState.WAITING
+        ]
+        if not begun:
+            return
+        runs = self._runs()
+        self._close_runs([run for run in runs if run.info.status == "RUNNING"])
+        known = {run.data.tags["trial"] for run in runs}
+        for trial in begun:
+            if str(trial.number) not in known:
+                child = self._create(trial.number)
+                child.write(params=self._params(trial.params), tags={"failure": "killed"})
+                child.close("KILLED")
+
+    @charge("tracking")
+    def _runs(self, condition: str = "") -> list[RunEntity]:
+        """The study's child runs."""
+        condition += f"tags.step = 'trial' and tags.study = '{self.study.study_name}'"
+        home = [self.run.experiment_id]
+        return list(self.run.client.search_runs(home, condition, max_results=50_000))
+
+    @charge("tracking")
+    def _close_runs(self, runs: Sequence[RunEntity]) -> None:
+        for run in runs:
+            self.run.client.set_tag(run.info.run_id, "failure", "killed")
+            self.run.client.set_terminated(run.info.run_id, "KILLED")
+
+
+def preload(member: ModuleType) -> list[str]:
+    """Modules that a model's trials need, for the nursery to load once."""
+    return [*LOGGING_PRELOAD, *getattr(member, "PRELOAD", ())]
 
 
 def _killed(number: int, cpu_seconds: float) -> Message:
@@ -241,19 +319,9 @@ def _killed(number: int, cpu_seconds: float) -> Message:
         "end": None,
         "cpu_seconds": cpu_seconds,
         "peak_rss_mb": 0.0,
-        "signal": 9,
+        "signal": 0,
         "over_budget": False,
     }
-
-
-def reconcile(run: tracking.Run) -> None:
-    """Close the child runs that a crash or an interrupt has left RUNNING."""
-    left = run.client.search_runs(
-        [run.experiment_id],
-        f"tags.`mlflow.parentRunId` = '{run.id}' and attributes.status = 'RUNNING'",
-    )
-    for child in left:
-        run.client.set_terminated(child.info.run_id, "KILLED")
 
 
 def best(outcomes: Sequence[Outcome]) -> float:
@@ -261,6 +329,7 @@ def best(outcomes: Sequence[Outcome]) -> float:
     return max((one.val_accuracy or 0.0 for one in outcomes if one.model_uri), default=0.0)
 
 
+@charge("search")
 def tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
     """Tell Optuna how a trial ended. A fit that its grant ended early has a value all the same."""
     trial.set_user_attr("outcome", outcome._asdict())

@@ -17,7 +17,9 @@ from pipeline.spec import UserError
 from sweeps.sweep import OPTIONS as SWEEP_OPTIONS
 
 OPTIONS: dict[str, cli.Convert] = {
-    name: convert for name, convert in SWEEP_OPTIONS.items() if name != "model"
+    name: convert
+    for name, convert in SWEEP_OPTIONS.items()
+    if name not in ("model", "study", "plan")
 } | {"models": cli.text}
 PROJECT = Path(__file__).parent.parent
 

@@ -67,6 +67,7 @@ class Nursery:
         theirs.close()
         self._connection = Connection(ours.detach())
         self.live: dict[int, float] = {}  # trial: CPU-seconds so far
+        self.imported = 0.0  # CPU-seconds that it took to load
 
     def start(self, trial: int, spec: Message, grant: float) -> None:
         """Fork a trial that may spend ``grant`` CPU-seconds."""
@@ -95,6 +96,7 @@ class Nursery:
             timeout = 0.0
             if "live" in event:
                 self.live |= {int(trial): spent for trial, spent in event["live"].items()}
+                self.imported = event["imported"]
                 continue
             if "end" in event:
                 del self.live[event["trial"]]
@@ -133,7 +135,7 @@ class _Trial:
 def serve(driver: Connection, body: Body) -> None:
     """Fork trials and watch over them until the driver hangs up or dies."""
     trials: dict[int, _Trial] = {}
-    told = 0.0
+    told, imported = 0.0, time.process_time()
     while True:
         connections = [trial.connection for trial in trials.values() if trial.connection]
         ending = len(connections) < len(trials)  # one has hung up: its bill comes in a moment
@@ -159,7 +161,8 @@ def serve(driver: Connection, body: Body) -> None:
                 _send(driver, ended)
         if time.monotonic() - told > 2 * POLL_SECONDS:
             told = time.monotonic()
-            _send(driver, {"live": {trial.number: trial.spent for trial in trials.values()}})
+            live = {trial.number: trial.spent for trial in trials.values()}
+            _send(driver, {"live": live, "imported": imported})
 
 
 def _fork(driver: Connection, trials: Mapping[int, _Trial], body: Body, order: Message) -> _Trial:

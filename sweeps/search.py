@@ -1,5 +1,6 @@
 """Who proposes and who is stopped: the Optuna study of one model."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,9 +9,13 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from pipeline.spec import Param
+from pipeline.bill import charge
+from pipeline.spec import Param, Params
+
+REDUCTION_FACTOR = 3  # of the trials at a rung one in so many goes on
 
 
+@charge("search")
 def open_study(name: str, space: Mapping[str, Param], seed: int, folder: Path) -> optuna.Study:
     """A study in ``folder``, new or continued, whose trial 0 is the defaults: its own baseline.
 
@@ -20,23 +25,74 @@ def open_study(name: str, space: Mapping[str, Param], seed: int, folder: Path) -
     number of trials, so that a continued study does not draw its first trials again.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
+    journal = folder / "optuna.journal"
+    _mend(journal)
+    storage = JournalStorage(JournalFileBackend(str(journal)))
     study = optuna.create_study(
         storage=storage,
         study_name=name,
-        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
+        pruner=optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=1, reduction_factor=REDUCTION_FACTOR
+        ),
         direction="maximize",
         load_if_exists=True,
     )
     n_trials = len(study.trials)
-    study.sampler = optuna.samplers.TPESampler(seed=(seed + 7919 * n_trials) % 2**32)
+    study.sampler = _sampler(seed, n_trials)
     if n_trials == 0:
-        study.enqueue_trial({name: param.default for name, param in space.items()})
+        study.enqueue_trial(_defaults(space))
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         study.tell(trial.number, state=TrialState.FAIL)
     return study
 
 
+def _sampler(seed: int, n_trials: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.TPESampler(seed=(seed + 7919 * n_trials) % 2**32)
+
+
+def _defaults(space: Mapping[str, Param]) -> Params:
+    return {name: param.default for name, param in space.items()}
+
+
+def proposals(space: Mapping[str, Param], seed: int, n_trials: int) -> list[Params]:
+    """What a new study proposes first, before it has learned anything; the defaults first."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=_sampler(seed, 0), direction="maximize")
+    study.enqueue_trial(_defaults(space))
+    distributions = {name: param.distribution for name, param in space.items()}
+    return [study.ask(fixed_distributions=distributions).params for _ in range(n_trials)]
+
+
+def rungs(n_rungs: int = 3) -> list[tuple[int, float]]:
+    """The first steps at which trials are judged, and the share of all trials that reaches each."""
+    return [(REDUCTION_FACTOR**rung, REDUCTION_FACTOR**-rung) for rung in range(n_rungs)]
+
+
+def expected_steps(n_steps: int) -> float:
+    """Steps that a trial of so many does on average, if at each rung one in three goes on."""
+    ends = [step for step, _ in rungs(1 + int(math.log(n_steps, REDUCTION_FACTOR)))] + [n_steps]
+    further = [
+        (end - begin) * share
+        for begin, end, (_, share) in zip(ends, ends[1:], rungs(len(ends))[1:], strict=False)
+    ]
+    return 1.0 + sum(further)
+
+
+def _mend(journal: Path) -> None:
+    """Make good what a kill or a power cut may leave: a lock that nobody holds, a torn last line.
+
+    Optuna would wait half a minute for the one, and read nothing any more behind the other. Only
+    the process that holds the ledger opens a study, so nobody else is at it.
+    """
+    Path(f"{journal}.lock").unlink(missing_ok=True)
+    if not journal.exists():
+        return
+    with journal.open("rb+") as file:
+        text = file.read()
+        file.truncate(text.rfind(b"\n") + 1)
+
+
+@charge("search")
 def importances(study: optuna.Study) -> dict[str, float]:
     """Importance of each hyperparameter by PED-ANOVA (Watanabe et al. 2023); they sum to 1.
 

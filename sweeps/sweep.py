@@ -6,27 +6,38 @@ mlflow run . -e sweep -P model=lstm -P cpu_minutes=10
 import hashlib
 import os
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import mlflow
-import optuna
 import pandas as pd
 from mlflow.entities import Run as RunEntity
 from tqdm import tqdm
 
 from pipeline import cli, models, plots, prep, registry, tracking
+from pipeline.bill import METER, OVERHEAD, charge, metrics
 from pipeline.spec import Dataset, UserError
 from pipeline.train import OPTIONS as TRAIN_OPTIONS
+from sweeps import plan as plans
 from sweeps import processes, search
-from sweeps.budget import Busy, Ledger
-from sweeps.engine import Engine, reconcile
+from sweeps.budget import Busy, Ledger, last_opening
+from sweeps.engine import Engine, Task
 from sweeps.trial import Outcome
 
 OPTIONS: dict[str, cli.Convert] = TRAIN_OPTIONS | {
     "cpu_minutes": cli.positive,
     "workers": cli.workers,
+    "study": cli.text,
+    "plan": cli.flag,
 }
+
+
+class Place(NamedTuple):
+    """Where a study lies, and the last run that was at it."""
+
+    folder: Path
+    run: RunEntity
 
 
 class Progress:
@@ -41,67 +52,56 @@ class Progress:
 
     def __call__(self, outcome: Outcome) -> None:
         self.best = max(self.best, outcome.val_accuracy or 0.0)
-        self.bar.n = min(round(outcome.spent_cpu_seconds), round(self.total))
+        spent = sum(outcome.spent.values())
+        self.bar.n = min(round(spent), round(self.total))
         self.bar.set_postfix_str(f"best {self.best:.2%}")
         value = f"{outcome.val_accuracy:.2%}" if outcome.val_accuracy is not None else "-"
         tqdm.write(
             f"{self.model} {outcome.number:03}  {outcome.state:11} {value:>6}  "
-            f"{outcome.cpu_seconds:.1f} CPU-s, {outcome.spent_cpu_seconds:.0f} of {self.total:.0f}"
+            f"{outcome.cpu_seconds:.1f} CPU-s, {spent:.0f} of {self.total:.0f}"
             + (f"  {outcome.error}" if outcome.error else "")
         )
 
 
-def finish(
-    run: tracking.Run,
-    study: optuna.Study,
-    model: str,
-    data: Dataset,
-    outcomes: Sequence[Outcome],
-    engine: Engine,
-) -> Outcome:
-    """Log what the sweep found; gives its best trial."""
-    winner = max(
-        (outcome for outcome in outcomes if outcome.model_uri is not None),
-        key=lambda outcome: outcome.val_accuracy or 0.0,
-        default=None,
-    )
-    if winner is None or winner.model_uri is None:
-        raise _nothing(outcomes, engine)
-    title = f"{model} on {data.title}"
+@charge("tracking")
+def finish(engine: Engine, winner: Outcome) -> None:
+    """Log what the sweep found, in full."""
+    run, study, outcomes = engine.run, engine.study, engine.outcomes
+    title = f"{engine.task.model} on {engine.task.data.title}"
     params = pd.DataFrame([study.trials[outcome.number].params for outcome in outcomes])
-    trials = pd.DataFrame(outcomes)
+    trials = table(outcomes)
     run.params(study.trials[winner.number].params)
-    run.link_model(winner.model_uri)
-    run.tags({"best_run_id": winner.run_id, "study": study.study_name})
+    run.link_model(str(winner.model_uri))
+    run.tags({"best_run_id": winner.run_id})
     run.csv("trials.csv", trials.join(params))
     run.figure("optimisation_history.png", plots.best_so_far(trials, title))
+    run.figure("bill.png", plots.bill([outcome.spent for outcome in outcomes], title))
     run.figure(
         "parallel_coordinates.png",
         plots.parallel_coordinates(params, trials["val_accuracy"], title),
     )
     if importances := search.importances(study):
         run.figure("hyperparameter_importance.png", plots.importance(importances, title))
-    run.name(f"{model} sweep · {winner.val_accuracy:.1%}")
+    run.name(f"{engine.task.model} sweep · {winner.val_accuracy:.1%}")
     run.describe(description(title, outcomes, winner, engine))
-    spent, fit = engine.spent(), sum(outcome.fit_cpu_seconds for outcome in outcomes)
-    run.metrics(
-        {
-            "n_trials": len(outcomes),
-            "cpu_seconds": spent,
-            "fit_cpu_seconds": fit,
-            "overhead_cpu_seconds": spent - fit,
-        },
-        len(outcomes),
-    )
-    return winner
+    run.metrics({"n_trials": len(outcomes)} | metrics(engine.bill()), len(outcomes))
+
+
+def table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
+    """A row for each trial, with its bill and the sweep's."""
+    rows = pd.DataFrame([outcome._asdict() for outcome in outcomes]).drop(columns=["bill", "spent"])
+    rows["cpu_seconds"] = [outcome.cpu_seconds for outcome in outcomes]
+    rows["fit_cpu_seconds"] = [outcome.bill.get("fit", 0.0) for outcome in outcomes]
+    rows["spent_cpu_seconds"] = [sum(outcome.spent.values()) for outcome in outcomes]
+    return rows
 
 
 def _nothing(outcomes: Sequence[Outcome], engine: Engine) -> UserError:
-    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    failed = [outcome for outcome in outcomes if outcome.failure]
     if failed:
         return UserError(
             f"a sweep needs a trial that ends well, but the first {len(outcomes)} did not, "
-            f"the last with '{failed[-1].error}': see traceback.txt of the child runs"
+            f"the first with '{failed[0].error}': see traceback.txt of the child runs"
         )
     total, spent = engine.ledger.total / 60, engine.spent() / 60
     return UserError(
@@ -112,7 +112,7 @@ def _nothing(outcomes: Sequence[Outcome], engine: Engine) -> UserError:
 
 
 def description(title: str, outcomes: Sequence[Outcome], winner: Outcome, engine: Engine) -> str:
-    """Markdown for the sweep's page: the best trials, and how the others ended."""
+    """Markdown for the sweep's page: the best trials, how the others ended, where the CPU went."""
     ranked = sorted(outcomes, key=lambda outcome: -(outcome.val_accuracy or 0.0))
     rows = [
         [f"{o.number:03}", o.state, f"{o.val_accuracy or 0:.2%}", f"{o.cpu_seconds:.1f}"]
@@ -120,92 +120,138 @@ def description(title: str, outcomes: Sequence[Outcome], winner: Outcome, engine
     ]
     states = pd.Series([outcome.state for outcome in outcomes]).value_counts()
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    bill = engine.bill()
+    spent = [
+        [cause, what, f"{bill.get(cause, 0.0):.1f}"]
+        for cause, what in ({"fit": "training and validation"} | OVERHEAD).items()
+    ]
     return (
         f"**{title}**: best val_accuracy {winner.val_accuracy:.2%} in trial {winner.number:03}; "
-        f"{len(outcomes)} trials ({counts}) in {engine.spent():.0f} of {engine.ledger.total:.0f} "
-        f"CPU-seconds; trial 000 is the deck's model\n\n"
+        f"{len(outcomes)} trials ({counts}) in {sum(bill.values()):.0f} of "
+        f"{engine.ledger.total:.0f} CPU-seconds; trial 000 is the deck's model\n\n"
         + tracking.markdown(["trial", "state", "val_accuracy", "CPU-s"], rows)
+        + "\n\n"
+        + tracking.markdown(["spent on", "which is", "CPU-s"], spent)
     )
 
 
-def unfinished(client: mlflow.MlflowClient, key: str, data_dir: str) -> RunEntity | None:
-    """The run of the same sweep that a crash or an interrupt has left, if it is no one's now."""
-    found = client.search_runs(
-        [tracking.experiment_id(client)],
-        f"tags.step = 'sweep' and tags.sweep_key = '{key}' and tags.ended = 'false'",
-        order_by=["attributes.start_time DESC"],
-    )
-    for run in found:
-        path = _ledger(data_dir, run.data.tags["study"])
-        if not path.exists():  # its folder was deleted: nothing is left to continue
-            continue
+def interrupted(client: mlflow.MlflowClient, studies: Path, key: str) -> Place | None:
+    """Where the same command was at work when a crash or an interrupt ended it."""
+    for path in studies.glob("*/ledger.jsonl"):
         try:
-            Ledger(path, 0.0).close()
+            opening = last_opening(path)
         except Busy:  # another process is at it
             continue
-        return run
+        if opening and opening.key == key and not opening.ended:
+            with suppress(mlflow.MlflowException):  # it belongs to another tracking store
+                return Place(path.parent, client.get_run(opening.run_id))
     return None
 
 
-def _ledger(data_dir: str, study: str) -> Path:
-    return Path(data_dir) / "studies" / study / "ledger.jsonl"
+def named(client: mlflow.MlflowClient, folder: Path, model: str, data: Dataset) -> Place:
+    """Where the study that a user has named lies; refused where it is not one of this sweep."""
+    path = folder / "ledger.jsonl"
+    if not path.exists():
+        known = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/ledger.jsonl")))
+        raise UserError(
+            f"study must be 'auto' or name a study in {str(folder.parent)!r} ({known or 'none'}), "
+            f"but {folder.name!r} came: copy the tag 'study' from a sweep's page in the MLflow UI"
+        )
+    try:
+        opening = last_opening(path)
+        run = client.get_run(opening.run_id if opening else "")
+    except Busy:
+        raise UserError(
+            f"a study has one sweep at a time, but one of {folder.name!r} is running: "
+            "wait for its end, or stop it"
+        ) from None
+    except mlflow.MlflowException:
+        raise UserError(
+            f"a study is continued in the tracking store where it began, but {folder.name!r} is "
+            f"unknown to {mlflow.get_tracking_uri()}: set MLFLOW_TRACKING_URI as it was then"
+        ) from None
+    mine, its = (model, data.digest), (run.data.tags["model"], run.data.tags["dataset_digest"])
+    if mine != its:
+        raise UserError(
+            f"a study is of one model on one data set, and {folder.name!r} is of {its[0]} on "
+            f"{its[1]}, but {mine[0]} on {mine[1]} came: pass the parameters of that sweep"
+        )
+    return Place(folder, run)
 
 
 def main(argv: Sequence[str]) -> None:
     options = cli.parse_all("sweep", argv, OPTIONS)
     model, seed, workers = (options.pop(name) for name in ("model", "seed", "workers"))
+    study, plan = options.pop("study"), options.pop("plan")
     budget = 60 * options.pop("cpu_minutes")
     registry.load(models, model)
     launched = "MLFLOW_RUN_ID" in os.environ
     client = tracking.connect()
-    data = prep.ensure(**options)
-    key = hashlib.sha256(f"{model} {seed} {budget} {data.digest}".encode()).hexdigest()[:12]
-    again = unfinished(client, key, options["data_dir"])
+    with charge("data"):
+        data = prep.ensure(**options)
+    task = Task(model, data, seed, workers or processes.usable_cores(), launched)
+    if plan:
+        write_plan(task, budget)
+        return
+    studies = Path(options["data_dir"]) / "studies"
+    text = f"{model} {seed} {budget} {data.digest} {study}"
+    key = hashlib.sha256(text.encode()).hexdigest()[:12]
+    before = interrupted(client, studies, key)
+    again = before.run if before else None
+    if before is None and study != "auto":
+        before = named(client, studies / study, model, data)
     if again and launched:
         with tracking.start("resume") as run:
             run.name(f"{model} sweep, continued")
             run.tags({"model": model, "continues": again.info.run_id})
     with tracking.start("sweep", again=again) as run:
-        study = again.data.tags["study"] if again else f"{model}-{run.id[:8]}"
-        path = _ledger(options["data_dir"], study)
-        # Opened before the tags are set by which the run can be continued: no crash in between
-        # leaves a sweep to continue that has no budget.
-        with closing(Ledger(path, 0.0 if again else budget)) as ledger:
+        folder = before.folder if before else studies / f"{model}-{run.id[:8]}"
+        with closing(Ledger(folder / "ledger.jsonl", budget, key, run.id)) as ledger:
             if again:
                 print(f"{model}: continuing the sweep that was interrupted, run {run.id}")
-                reconcile(run)
             else:
                 run.name(f"{model} sweep")
-                run.tags({"model": model, "study": study, "sweep_key": key, "ended": "false"})
+                run.tags({"model": model, "study": folder.name})
+                run.tags({"continues": before.run.info.run_id} if before else {})
                 run.use_dataset(data, "train")
-            sweep(run, ledger, path.parent, model, data, seed, workers, launched)
+            sweep(run, ledger, folder, task)
 
 
-def sweep(
-    run: tracking.Run,
-    ledger: Ledger,
-    folder: Path,
-    model: str,
-    data: Dataset,
-    seed: int,
-    workers: int,
-    launched: bool,
-) -> None:
+def write_plan(task: Task, budget: float) -> None:
+    """Say what a budget would buy, in a run of its own. Nothing is searched."""
+    prepared = METER.seconds().get("data", 0.0)
+    with tracking.start("plan") as run:
+        run.name(f"{task.model} plan")
+        run.tags({"model": task.model} | tracking.dataset_tags(task.data))
+        text = plans.plan(task, budget, prepared)
+        run.describe(text)
+    print(text)
+
+
+def sweep(run: tracking.Run, ledger: Ledger, folder: Path, task: Task) -> None:
     """Search and close; the study lies in ``folder``, whose name is its name."""
-    study = search.open_study(folder.name, registry.load(models, model).PARAMS, seed, folder)
-    n_workers = workers or processes.usable_cores()
-    with closing(Progress(model, ledger.total)) as show:
-        engine = Engine(run, study, model, data, seed, ledger, n_workers, show, launched)
+    space = registry.load(models, task.model).PARAMS
+    study = search.open_study(folder.name, space, task.seed, folder)
+    with closing(Progress(task.model, ledger.total)) as show:
+        engine = Engine(run, study, task, ledger, show)
+        engine.recover()
         outcomes = engine.search()
-    run.tags({"ended": "true"})
-    winner = finish(run, study, model, data, outcomes, engine)
+    winner = max(
+        (outcome for outcome in outcomes if outcome.model_uri is not None),
+        key=lambda outcome: outcome.val_accuracy or 0.0,
+        default=None,
+    )
+    if winner is None:
+        ledger.end(engine.own())
+        raise _nothing(outcomes, engine)
+    finish(engine, winner)
     spent = engine.spent()
-    ledger.beat(spent - ledger.past - ledger.debited, {})
     print(
-        f"{model}: best val_accuracy {winner.val_accuracy:.4f} of {len(outcomes)} trials on "
-        f"{data.title}, {spent:.0f} of {ledger.total:.0f} CPU-s, run {run.id}"
+        f"{task.model}: best val_accuracy {winner.val_accuracy:.4f} of {len(outcomes)} trials on "
+        f"{task.data.title}, {spent:.0f} of {ledger.total:.0f} CPU-s, run {run.id}"
     )
     print(tracking.ui_hint(run.experiment_id))
+    ledger.end(engine.own())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One trial: one set of hyperparameters, one fit in a process of its own, one child run."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ import mlflow
 import optuna
 
 from pipeline import tracking
+from pipeline.bill import METER, charge, completed
 from pipeline.spec import Dataset
 from pipeline.train import train
 from sweeps.nursery import Message
@@ -22,6 +23,11 @@ STATUS = {
     "killed": "KILLED",
 }
 
+_DEATHS = {  # by signal
+    0: "the process ended with the one that had forked it",
+    9: "the process ended by signal 9, as the kernel does where memory runs out",
+}
+
 
 class Outcome(NamedTuple):
     """How a trial ended.
@@ -29,11 +35,11 @@ class Outcome(NamedTuple):
     Attributes:
         state: complete, pruned, over_budget, failed or killed.
         val_accuracy: the last that was reported, which is that of the model where there is one.
-        cpu_seconds: the kernel's bill for the trial's process and its children.
-        fit_cpu_seconds: of fit and validation, up to the last report.
+        bill: CPU-seconds of the trial's process and its children, by cause; their sum is the
+            kernel's.
         first_step_cpu_seconds: what the first step cost, which a next trial must be able to pay.
         logging_cpu_seconds: what came after the last report: storing the model, mostly.
-        spent_cpu_seconds: of the whole sweep, when the trial ended.
+        spent: CPU-seconds of the whole sweep, by cause, when the trial had ended.
         model_uri: of the logged model; None where the trial did not get so far.
         failure: out_of_memory, nan_loss, killed or error, where it failed or was killed.
     """
@@ -41,28 +47,34 @@ class Outcome(NamedTuple):
     number: int
     state: str
     val_accuracy: float | None
-    cpu_seconds: float
-    fit_cpu_seconds: float
+    bill: Mapping[str, float]
     first_step_cpu_seconds: float
     logging_cpu_seconds: float
-    spent_cpu_seconds: float
+    spent: Mapping[str, float]
     run_id: str
     model_uri: str | None
     failure: str | None
     error: str | None
 
+    @property
+    def cpu_seconds(self) -> float:
+        return sum(self.bill.values())
+
 
 def body(spec: Message, call: Callable[[Message], Message]) -> Message:
-    """What a trial's process does: fit, log, and say what came of it. Runs in a fork."""
+    """What a trial's process does: fit, log the model, say what came of it. Runs in a fork."""
+    METER.restart()
 
+    @charge("engine")
     def report(step: int, val_accuracy: float) -> bool:
-        spent = time.process_time()  # since the fork
-        message = {"step": step, "val_accuracy": val_accuracy, "cpu_seconds": spent}
-        return bool(call(message)["stop"])
+        spent = {"cpu_seconds": time.process_time(), "bill": METER.seconds()}  # since the fork
+        return bool(call({"step": step, "val_accuracy": val_accuracy, **spent})["stop"])
 
     run = tracking.Run(mlflow.MlflowClient(), spec["run_id"], spec["experiment_id"])
-    data = Dataset.open(Path(spec["root"]))
-    return train(run, spec["model"], spec["params"], data, spec["seed"], report)._asdict()
+    with charge("data"):
+        data = Dataset.open(Path(spec["root"]))
+    trained = train(run, spec["model"], spec["params"], data, spec["seed"], report)
+    return trained._asdict() | {"bill": METER.seconds()}
 
 
 class Referee:
@@ -72,14 +84,20 @@ class Referee:
         """``grant`` CPU-seconds, of which ``logging`` are needed after the last step."""
         self.trial, self.steps_end = trial, grant - logging
         self.curve: list[tracking.Point] = []
+        self.spent = [0.0]  # CPU-seconds at the start and at each report
+        self.bill: Mapping[str, float] = {}  # of the last report
         self.state = "complete"
 
-    def __call__(self, point: tracking.Point) -> bool:
-        """``point`` has val_accuracy and fit_cpu_seconds, spent since the trial began."""
-        before = self.curve[-1].values["fit_cpu_seconds"] if self.curve else 0.0
-        self.curve.append(point)
-        self.trial.report(point.values["val_accuracy"], point.step)
-        now = point.values["fit_cpu_seconds"]
+    @charge("search")
+    def __call__(self, message: Message) -> bool:
+        """``message`` has step, val_accuracy, and cpu_seconds and bill since the trial began."""
+        step, val_accuracy = int(message["step"]), float(message["val_accuracy"])
+        self.bill = message["bill"]
+        values = {"val_accuracy": val_accuracy, "fit_cpu_seconds": self.bill.get("fit", 0.0)}
+        self.curve.append(tracking.Point(step, time.time(), values))
+        self.spent.append(float(message["cpu_seconds"]))
+        self.trial.report(val_accuracy, step)
+        before, now = self.spent[-2:]
         # A step is not begun when it would not fit: it costs what the last one did.
         if now + (now - before) > self.steps_end:
             self.state = "over_budget"
@@ -87,9 +105,11 @@ class Referee:
             self.state = "pruned"
         return self.state != "complete"
 
-    def outcome(self, run_id: str, event: Message, spent: float) -> Outcome:
+    def outcome(self, run_id: str, event: Message) -> Outcome:
         """The outcome of the trial that ended as the nursery's ``event`` tells."""
         end = event["end"] or {}
+        if model_uri := end.get("model_uri"):
+            self.curve[-1] = self.curve[-1]._replace(model_uri=model_uri)
         failure = end.get("failure")
         state, error = self.state, end.get("error")
         if event["over_budget"]:
@@ -98,21 +118,24 @@ class Referee:
             state = "failed"
         elif not end:
             state, failure = "killed", "killed"
-            error = f"the process ended by signal {event['signal']}"
+            error = _DEATHS.get(event["signal"], f"the process ended by signal {event['signal']}")
         elif end["whole"]:  # then a verdict on a next step is moot
             state = "complete"
-        costs = [point.values["fit_cpu_seconds"] for point in self.curve]
+        total = event["cpu_seconds"]
+        if "bill" in end:
+            bill = completed(end["bill"], total)
+        else:  # what it did since its last report it could not tell
+            bill = dict(self.bill) | {"lost": total - sum(self.bill.values())}
         return Outcome(
             number=self.trial.number,
             state=state,
             val_accuracy=self.curve[-1].values["val_accuracy"] if self.curve else None,
-            cpu_seconds=event["cpu_seconds"],
-            fit_cpu_seconds=costs[-1] if costs else 0.0,
-            first_step_cpu_seconds=costs[0] if costs else event["cpu_seconds"],
-            logging_cpu_seconds=event["cpu_seconds"] - costs[-1] if costs else 0.0,
-            spent_cpu_seconds=spent,
+            bill=bill,
+            first_step_cpu_seconds=self.spent[1] if self.curve else total,
+            logging_cpu_seconds=total - self.spent[-1] if self.curve else 0.0,
+            spent={},
             run_id=run_id,
-            model_uri=end.get("model_uri"),
+            model_uri=model_uri,
             failure=failure,
             error=error,
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from archives import write_archive
+from servers import Server
 from stores import N_TRAIN, AddMember, members, open_store
 
 
@@ -25,6 +26,15 @@ def store(
 ) -> mlflow.MlflowClient:
     """A client of a tracking store that this test alone uses."""
     return open_store(fresh_store, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def server(store: mlflow.MlflowClient, tmp_path: Path) -> Iterator[Server]:
+    """An MLflow server over the test's own tracking store."""
+    server = Server(store.tracking_uri, tmp_path)
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="session")

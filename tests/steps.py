@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from optuna.trial import TrialState
+
+from sweeps.engine import Engine
 
 # A model that learns nothing and costs nothing, but for what a test has it do.
 TOY = """
@@ -47,6 +50,25 @@ def toy(before: str = "pass", after: str = "pass") -> str:
     It may use ``params``, ``quality`` and ``step``, and the modules that the toy imports.
     """
     return TOY.replace("BEFORE", before).replace("AFTER", after)
+
+
+# Options of a sweep, as MLproject has them, but for the model.
+SWEEP = {"seed": 0, "cpu_minutes": 4, "workers": 2, "study": "auto", "plan": "false"}
+LEFT = Engine.left
+
+
+def left_until(n_trials: int) -> Callable[[Engine], float]:
+    """An ``Engine.left`` by which a sweep begins so many trials, and its budget is then spent.
+
+    So a test can give a budget that is ample on any machine, and still end soon.
+    """
+
+    def left(engine: Engine) -> float:
+        trials = engine.study.get_trials(deepcopy=False)
+        n_begun = sum(trial.state != TrialState.WAITING for trial in trials)
+        return LEFT(engine) if n_begun < n_trials else 0.0
+
+    return left
 
 
 def arguments(options: dict[str, object]) -> list[str]:

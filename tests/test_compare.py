@@ -8,7 +8,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from steps import arguments, artifacts, runs, toy
+from steps import SWEEP, arguments, artifacts, runs, toy
 from stores import N_TRAIN, members, open_store
 
 from pipeline import compare, evaluate, models, prep, promote
@@ -29,7 +29,7 @@ def store_with_sweeps(
         for model in ("knn", "toy"):
             data = {"dataset": "emnist_letters", "archive": archive, "n_train": N_TRAIN}
             minutes = (own_cpu_seconds() + 20) / 60
-            options = {"model": model, "seed": 0, "cpu_minutes": minutes, "workers": 2}
+            options = SWEEP | {"model": model, "cpu_minutes": minutes}
             sweep.main(arguments(data | options | {"data_dir": folder / "data"}))
         yield folder
 

@@ -47,8 +47,15 @@ def parallel(values: list[float]) -> Figure:
     return plots.parallel_coordinates(MIXED[: len(values)], pd.Series(values), "study")
 
 
+def spent(n_trials: int) -> list[dict[str, float]]:
+    causes = {"fit": 9.0, "import": 0.2, "tracing": 0.5, "engine": -0.001, "lost": 0.0}
+    return [{cause: i * each for cause, each in causes.items()} for i in range(1, n_trials + 1)]
+
+
 # (function, case): its figure
 FIGURES: dict[tuple[str, str], Callable[[], Figure]] = {
+    ("bill", "many"): lambda: plots.bill(spent(20), "study"),
+    ("bill", "one"): lambda: plots.bill(spent(1), "study"),
     ("contact_sheet", "all"): lambda: plots.contact_sheet(Part(IMAGES, LABELS), "data"),
     ("contact_sheet", "letters missing"): lambda: plots.contact_sheet(
         Part(IMAGES[:3], LABELS[:3]), "data"

@@ -1,5 +1,9 @@
 import contextlib
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -74,6 +78,40 @@ def test_an_experiment_is_made_by_name(
     first, second = tracking.experiment_id(store), tracking.experiment_id(store)
     assert first == second != "0"
     assert store.get_experiment(first).name == "handwriting"
+
+
+def test_runs_of_dead_processes_are_closed_by_the_next_step(store: mlflow.MlflowClient) -> None:
+    """Whatever the step was, and whether its run was its own or one for another step."""
+    with tracking.start("evaluate") as alive:
+        dead = tracking.create(store, "train", None)
+        tags = store.get_run(dead.id).data.tags
+        store.set_tag(dead.id, "process", tags["process"].rpartition(" ")[0] + " 1")
+        with tracking.start("prep"):
+            assert store.get_run(dead.id).info.status == "KILLED"
+            assert store.get_run(alive.id).info.status == "RUNNING"
+
+
+@pytest.mark.parametrize("name", ["Default", "handwriting"])
+def test_processes_that_make_a_store_at_once_do_not_break_it(name: str, tmp_path: Path) -> None:
+    code = "from pipeline import tracking\nwith tracking.start('prep') as run: run.name('x')"
+    environment = os.environ | {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/new.db",
+        "MLFLOW_EXPERIMENT_NAME": name,
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
+    command = [sys.executable, "-c", code]
+    started = [
+        subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+        for _ in range(4)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/new.db")
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id])
+    assert [run.info.status for run in found] == 4 * ["FINISHED"]
 
 
 def test_an_unreachable_server_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,9 @@ def test_a_run_holds_all_that_a_reader_needs(
     history = store.get_metric_history(run.info.run_id, "val_accuracy")
     assert [metric.step for metric in history] == list(range(1, 11))
     costs = {"cpu_seconds", "fit_cpu_seconds", "wall_seconds", "peak_rss_mb", "model_mb"}
-    assert set(run.data.metrics) == {"val_accuracy"} | costs
+    overhead = {name for name in run.data.metrics if name.startswith("overhead")}
+    assert set(run.data.metrics) == {"val_accuracy"} | costs | overhead
+    assert "overhead/tracking_cpu_seconds" in overhead
     assert all(run.data.metrics[name] > 0 for name in costs)
     # The data set by our digest, which is of all its content.
     assert run.inputs.dataset_inputs[0].dataset.digest == data.digest

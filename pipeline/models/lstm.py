@@ -47,5 +47,4 @@ def fit(params: Params, train: Part, val: Part, seed: int, report: Report) -> Fi
     """Train on ``train``, report the accuracy on ``val`` after every epoch."""
     from pipeline.models import _keras
 
-    _keras.prepare(seed)
-    return _keras.fit(build(params), params, train, val, report)
+    return _keras.fit(build, params, train, val, seed, report)

@@ -25,9 +25,6 @@ def test_defaults(model: str) -> None:
 
 @pytest.mark.parametrize(("model", "n_params"), [("cnn", 133_083), ("lstm", 100_379)])
 def test_sizes(model: str, n_params: int) -> None:
-    from pipeline.models import _keras
-
-    _keras.prepare(seed=0)
     module = registry.load(models, model)
     # Law: with the deck's 27 outputs, of which one is dead, the network has the deck's weights.
     assert module.build(defaults(model), n_outputs=27).count_params() == n_params

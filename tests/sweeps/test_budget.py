@@ -4,27 +4,54 @@ from pathlib import Path
 
 import pytest
 
-from sweeps.budget import Busy, Ledger
+from sweeps.budget import Busy, Ledger, Opening, last_opening
 
 
-def _reopened(path: Path, more: float = 0.0) -> tuple[float, float]:
-    """Budget and past spending, as the next driver finds them."""
-    with closing(Ledger(path, more)) as ledger:
-        return ledger.total, ledger.past
+def _ledger(path: Path, cpu_seconds: float = 100.0, key: str = "a") -> Ledger:
+    return Ledger(path, cpu_seconds, key, "run")
+
+
+def _reopened(path: Path, key: str = "a") -> tuple[float, float]:
+    """Budget and past spending, as the next driver of a command with 100 CPU-seconds finds them."""
+    with closing(_ledger(path, key=key)) as ledger:
+        return ledger.total, sum(ledger.past.values())
 
 
 def test_what_was_booked_outlives_its_driver(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl", 100.0)
-    assert (ledger.total, ledger.past) == (100.0, 0.0)
+    ledger = _ledger(tmp_path / "ledger.jsonl")
+    assert (ledger.total, ledger.past) == (100.0, {})
     ledger.grant(0, 30.0)
-    ledger.beat(5.0, {0: 10.0})
-    ledger.debit(0, 12.0)
-    ledger.beat(7.0, {})
+    ledger.beat({"import": 5.0}, {0: 10.0})
+    ledger.debit(0, {"fit": 11.0, "tracing": 1.0})
+    ledger.beat({"import": 5.0, "engine": 2.0}, {})
     ledger.close()
-    # The driver's last beat, and the trial's bill; a continued sweep has the same budget.
-    assert _reopened(tmp_path / "ledger.jsonl") == (100.0, 19.0)
-    # A third driver counts what the first two spent, and may bring more.
-    assert _reopened(tmp_path / "ledger.jsonl", more=50.0) == (150.0, 19.0)
+    # The driver's last beat, and the trial's bill, by cause.
+    again = _ledger(tmp_path / "ledger.jsonl")
+    assert again.past == {"import": 5.0, "engine": 2.0, "fit": 11.0, "tracing": 1.0}
+    again.close()
+
+
+def test_a_command_brings_its_budget_once(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    assert last_opening(_touched(path)) is None
+    _ledger(path).close()
+    # It was interrupted: typed again it goes on with the same budget, however often.
+    assert last_opening(path) == Opening("a", "run", ended=False)
+    assert _reopened(path) == (100.0, 0.0)
+    assert _reopened(path) == (100.0, 0.0)
+    # Another command brings more.
+    ledger = _ledger(path, 50.0, "b")
+    assert ledger.total == 150.0
+    ledger.end({"search": 3.0})
+    ledger.close()
+    # It has ended: typed again it brings as much again.
+    assert last_opening(path) == Opening("b", "run", ended=True)
+    assert _reopened(path, "b") == (250.0, 3.0)
+
+
+def _touched(path: Path) -> Path:
+    path.touch()
+    return path
 
 
 @pytest.mark.parametrize(
@@ -33,41 +60,43 @@ def test_what_was_booked_outlives_its_driver(tmp_path: Path) -> None:
 def test_a_grant_without_debit_counts_at_its_last_beat_or_in_full(
     beats: list[dict[int, float]], spent: float, tmp_path: Path
 ) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl", 100.0)
+    ledger = _ledger(tmp_path / "ledger.jsonl")
     ledger.grant(0, 30.0)
     for trials in beats:
-        ledger.beat(0.0, trials)
+        ledger.beat({}, trials)
     ledger.close()
     assert _reopened(tmp_path / "ledger.jsonl") == (100.0, spent)
 
 
 def test_grants_and_debits_are_on_disk_at_once(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
-    ledger = Ledger(path, 100.0)
+    ledger = _ledger(path)
     ledger.grant(3, 30.0)
     assert json.loads(path.read_text().splitlines()[-1])["kind"] == "grant"
-    ledger.debit(3, 29.0)
+    ledger.debit(3, {"fit": 29.0})
     assert json.loads(path.read_text().splitlines()[-1])["kind"] == "debit"
     ledger.close()
 
 
 def test_a_torn_line_costs_that_line_only(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
-    ledger = Ledger(path, 100.0)
-    ledger.beat(5.0, {})
+    ledger = _ledger(path)
+    ledger.beat({"import": 5.0}, {})
     ledger.close()
     with path.open("a") as file:
         file.write('{"kind": "beat", "ow')
-    again = Ledger(path, 0.0)
-    assert again.past == 5.0
-    again.beat(2.0, {})
+    again = _ledger(path)
+    assert again.past == {"import": 5.0}
+    again.beat({"import": 2.0}, {})
     again.close()
     assert _reopened(path) == (100.0, 7.0)
 
 
 def test_a_ledger_has_one_driver(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl", 100.0)
+    ledger = _ledger(tmp_path / "ledger.jsonl")
     with pytest.raises(Busy):
-        Ledger(tmp_path / "ledger.jsonl", 0.0)
+        _ledger(tmp_path / "ledger.jsonl")
+    with pytest.raises(Busy):
+        last_opening(tmp_path / "ledger.jsonl")
     ledger.close()
-    Ledger(tmp_path / "ledger.jsonl", 0.0).close()
+    _ledger(tmp_path / "ledger.jsonl").close()

@@ -7,25 +7,33 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import optuna
 import pytest
-from steps import alive, arguments, runs, toy, wait
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from steps import SWEEP, alive, arguments, runs, toy, wait
 
 from pipeline import models
 from sweeps import processes
+from sweeps.budget import Ledger
+from sweeps.trial import STATUS
 
 BURN = """end = time.process_time() + 0.2
         while time.process_time() < end: pass"""
 CPU_SECONDS = 240  # ample on any machine: the number of trials is what ends these sweeps
 # The step sweep in a process that knows the toy model.
 STEP = """
-import toys
+import os
+import steps, toys
 from pipeline import cli
-from sweeps import sweep
-toys.stop_after(12)
+from sweeps import engine, sweep
+engine.Engine.left = steps.left_until(int(os.environ["N_TRIALS"]))
 cli.run(sweep.main)
 """
 
@@ -35,11 +43,16 @@ class Typist:
 
     def __init__(self, store: mlflow.MlflowClient, options: dict[str, Any]) -> None:
         self.store, self.folder, self.options = store, Path(options["data_dir"]), options
-        sweep = {"model": "toy", "seed": 0, "cpu_minutes": CPU_SECONDS / 60, "workers": 2}
+        sweep = SWEEP | {"model": "toy", "cpu_minutes": CPU_SECONDS / 60}
         self.command = [sys.executable, "-c", STEP, *arguments(self.options | sweep)]
 
-    def type(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    def type(self, n_trials: int = 12) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self.command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "N_TRIALS": str(n_trials)},
+        )
 
     def wait_for_trials(self, driver: subprocess.Popen[bytes], n_more: int) -> None:
         """Until the ledger has that many more grants; then trials are under way."""
@@ -49,10 +62,21 @@ class Typist:
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
+    def study(self, name: str) -> optuna.Study:
+        journal = self.folder / "studies" / name / "optuna.journal"
+        storage = JournalStorage(JournalFileBackend(str(journal)))
+        return optuna.load_study(study_name=name, storage=storage)
+
+    def ledger(self, name: str) -> Ledger:
+        """The ledger as a next driver would find it."""
+        path = self.folder / "studies" / name / "ledger.jsonl"
+        with closing(Ledger(path, 0.0, "", "")) as ledger:
+            return ledger
+
     def records(self, kind: str) -> list[dict[str, Any]]:
         found = [path.read_text() for path in self.folder.glob("studies/*/ledger.jsonl")]
-        lines = [json.loads(line) for text in found for line in text.splitlines() if line]
-        return [record for record in lines if record["kind"] == kind]
+        lines = [line for text in found for line in text.splitlines() if line.endswith("}")]
+        return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 @pytest.fixture
@@ -63,43 +87,73 @@ def typist(store: mlflow.MlflowClient, data_options: dict[str, Any], add_member:
 
 def _check_the_end(typist: Typist) -> None:
     """Ledger, study and MLflow agree; the budget held over all drivers; no run is left."""
-    (parent,) = runs(typist.store, "sweep")
-    trials = runs(typist.store, "trial")
-    numbers = [int(trial.data.tags["trial"]) for trial in trials]
-    assert parent.info.status == "FINISHED"
-    assert len(set(numbers)) == len(numbers)
-    assert {trial.data.tags["mlflow.parentRunId"] for trial in trials} == {parent.info.run_id}
     assert typist.store.search_runs(["0"], "attributes.status = 'RUNNING'") == []
-    # Every trial had a grant of its own, and what was not billed has no other end than KILLED.
+    # A driver that was killed before it had opened its ledger has left a run, and nothing else.
+    (parent,) = [run for run in runs(typist.store, "sweep") if run.info.status == "FINISHED"]
+    trials = runs(typist.store, "trial")
+    assert {trial.data.tags["mlflow.parentRunId"] for trial in trials} == {parent.info.run_id}
+    # Every trial of the study has one run and, but for those that had no time to begin, one grant.
+    study = typist.study(parent.data.tags["study"])
+    numbers = [int(trial.data.tags["trial"]) for trial in trials]
+    assert sorted(numbers) == [trial.number for trial in study.trials]
+    assert TrialState.RUNNING not in [trial.state for trial in study.trials]
     grants, debits = (
         [record["trial"] for record in typist.records(kind)] for kind in ("grant", "debit")
     )
     assert len(set(grants)) == len(grants)
-    assert set(numbers) <= set(grants)
+    assert len(set(debits)) == len(debits)
+    assert set(debits) <= set(grants) <= set(numbers)
+    # What was not billed has no other end than KILLED.
     ended = {int(t.data.tags["trial"]) for t in trials if t.info.status != "KILLED"}
     assert ended <= set(debits)
     assert parent.data.metrics["n_trials"] == len(debits)
-    # No trial was proposed a second time. (A kill may come before a run has its params.)
-    params = [tuple(sorted(t.data.params.items())) for t in trials if "quality" in t.data.params]
-    assert len(set(params)) == len(params)
-    assert parent.data.metrics["cpu_seconds"] <= CPU_SECONDS + 2.0
+    # Params are those that the study has. No trial was proposed a second time.
+    for trial in trials:
+        assert trial.data.tags["state"] in STATUS
+        proposed = study.trials[int(trial.data.tags["trial"])].params
+        # A kill may come before a run has its params.
+        assert trial.data.params.get("quality", str(proposed["quality"])) == str(
+            proposed["quality"]
+        )
+    proposals = {tuple(trial.params.items()) for trial in study.trials}
+    assert len(proposals) == len(study.trials)
+    # The bill is that of the ledger: all drivers together, by cause.
+    metrics, ledger = parent.data.metrics, typist.ledger(parent.data.tags["study"])
+    causes = [value for name, value in metrics.items() if name.startswith("overhead/")]
+    assert metrics["cpu_seconds"] == pytest.approx(metrics["fit_cpu_seconds"] + sum(causes))
+    assert metrics["cpu_seconds"] <= sum(ledger.past.values()) <= CPU_SECONDS + 2.4
+    assert ledger.total == CPU_SECONDS
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_a_killed_driver_is_continued(seed: int, typist: Typist) -> None:
-    rng = random.Random(seed)
-    for _ in range(2):
-        driver = typist.type()
-        typist.wait_for_trials(driver, rng.randint(1, 4))
-        time.sleep(rng.uniform(0, 0.8))
+def test_a_sweep_killed_twenty_times_is_continued(typist: Typist) -> None:
+    rng = random.Random(0)
+    for _ in range(20):
+        driver = typist.type(n_trials=1000)
+        # At any moment: while it loads, before there is a run, between two writes, in a fit.
+        time.sleep(rng.uniform(0.2, 6.0))
         family = processes.tree(driver.pid)
         driver.kill()
         driver.communicate(timeout=30)
         # Orphans die within seconds.
         assert wait(lambda family=family: not any(map(alive, family)), 5)
-    driver = typist.type()
+    driver = typist.type(n_trials=len(typist.records("grant")) + 25)
     out, _ = driver.communicate(timeout=120)
     assert driver.returncode == 0, out.decode()
+    assert b"continuing the sweep that was interrupted" in out
+    _check_the_end(typist)
+
+
+def test_a_power_cut_tears_the_last_lines_only(typist: Typist) -> None:
+    driver = typist.type(n_trials=1000)
+    typist.wait_for_trials(driver, 4)
+    driver.kill()
+    driver.communicate(timeout=30)
+    (study,) = (typist.folder / "studies").iterdir()
+    # What had not reached the disk is half there; grants and debits had.
+    for name, torn in (("ledger.jsonl", '{"kind": "beat", "ow'), ("optuna.journal", '{"op_co')):
+        with (study / name).open("a") as file:
+            file.write(torn)
+    out, _ = typist.type().communicate(timeout=120)
     assert b"continuing the sweep that was interrupted" in out
     _check_the_end(typist)
 

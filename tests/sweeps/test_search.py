@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import pytest
 from optuna.distributions import FloatDistribution, IntDistribution
 
 from pipeline.spec import Param
@@ -38,6 +39,28 @@ def test_a_continued_study_draws_other_trials_and_leaves_none_running(tmp_path: 
     # The trial that was running has failed, and what comes now was not proposed before.
     assert [trial.state.name for trial in study.trials] == [*["COMPLETE"] * 3, "FAIL", "RUNNING"]
     assert trial.params not in [*first, study.trials[3].params]
+
+
+def test_a_study_opens_behind_a_torn_line_and_a_lock_that_nobody_holds(tmp_path: Path) -> None:
+    first = _proposals(tmp_path, "a", seed=0, n_trials=3)
+    with (tmp_path / "optuna.journal").open("a") as file:
+        file.write('{"op_code": 4, "wor')
+    (tmp_path / "optuna.journal.lock").symlink_to("optuna.journal")
+    assert _proposals(tmp_path, "a", seed=0, n_trials=1)[:3] == first
+    # What was written since then can be read too.
+    assert len(_proposals(tmp_path, "a", seed=0, n_trials=1)) == 5
+
+
+def test_a_plan_sees_what_a_study_proposes_first(tmp_path: Path) -> None:
+    assert search.proposals(SPACE, 0, 5) == _proposals(tmp_path, "a", seed=0, n_trials=5)
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "expected"),
+    [(1, 1.0), (2, 1 + 1 / 3), (3, 1 + 2 / 3), (10, 1 + 2 / 3 + 6 / 9 + 1 / 27)],
+)
+def test_one_trial_in_three_goes_on_at_each_rung(n_steps: int, expected: float) -> None:
+    assert search.expected_steps(n_steps) == pytest.approx(expected)
 
 
 def test_importances_sum_to_one_and_find_what_matters(tmp_path: Path) -> None:

@@ -1,4 +1,12 @@
+import itertools
 import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -6,14 +14,20 @@ import mlflow
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from steps import arguments, artifacts, runs, toy
+from servers import Server
+from steps import SWEEP, arguments, artifacts, left_until, runs, toy, wait
 
 from pipeline import models
 from pipeline.spec import UserError
 from sweeps import engine, sweep
 from sweeps.budget import Ledger, own_cpu_seconds
 
-FIGURES = {"optimisation_history.png", "parallel_coordinates.png", "hyperparameter_importance.png"}
+FIGURES = {
+    "bill.png",
+    "optimisation_history.png",
+    "parallel_coordinates.png",
+    "hyperparameter_importance.png",
+}
 GARBAGE = "[os.write(fd, b'garbage' * 9) for fd in range(3, 40) if socket(fd)]"
 GRANT = 5.0  # CPU-seconds of each trial
 NATIVE = "collections.deque(itertools.count(), maxlen=0)"  # for ever, and deaf to Python's signals
@@ -36,16 +50,10 @@ class Sweeps:
         """A budget that is ample on any machine, and a bound on the trials to end soon."""
         self.add(models, "toy", source)
         minutes = (own_cpu_seconds() + cpu_seconds) / 60
-        self.patch.setattr(engine.Engine, "left", self.patched(engine.Engine.left, n_trials))
+        self.patch.setattr(engine.Engine, "left", left_until(n_trials))
         self.patch.setattr(engine, "GRANT_SHARE", GRANT / (60 * minutes))
-        options = {"model": "toy", "seed": 0, "cpu_minutes": minutes, "workers": 2}
+        options = SWEEP | {"model": "toy", "cpu_minutes": minutes}
         sweep.main(arguments(self.options | options | more))
-
-    @staticmethod
-    def patched(real: Any, n_trials: int) -> Any:
-        return lambda self: (
-            real(self) if len(self.study.get_trials(deepcopy=False)) < n_trials else 0.0
-        )
 
     @property
     def parent(self) -> Any:
@@ -187,7 +195,13 @@ def test_a_sweep_whose_first_trials_all_fail_stops_with_the_cause(sweeps: Sweeps
     assert 3 <= len(sweeps.trials) <= 5
     assert {run.info.status for run in sweeps.trials} <= {"FAILED", "KILLED"}
     assert sweeps.parent.info.status == "FAILED"
-    assert sweeps.parent.data.tags["ended"] == "true"
+    assert sweeps.ledger()[-1]["kind"] == "end"
+
+
+def test_a_sweep_whose_first_trials_are_all_killed_stops_too(sweeps: Sweeps) -> None:
+    with pytest.raises(UserError, match="with 'the process ended by signal 9"):
+        sweeps.run(toy(before="os.kill(os.getpid(), signal.SIGKILL)"))
+    assert 3 <= len(sweeps.trials) <= 5
 
 
 def test_a_budget_that_pays_for_no_trial_says_how_much_would(sweeps: Sweeps) -> None:
@@ -199,25 +213,144 @@ def test_a_budget_that_pays_for_no_trial_says_how_much_would(sweeps: Sweeps) -> 
 
 def test_trials_run_side_by_side_and_one_at_a_time_if_asked(sweeps: Sweeps) -> None:
     sweeps.run(toy(before="time.sleep(0.05)"), n_trials=4, workers=1)
-    open_grants = most = 0
-    for record in sweeps.ledger():
-        open_grants += {"grant": 1, "debit": -1}.get(record["kind"], 0)
-        most = max(most, open_grants)
-    assert most == 1
+    assert _most_at_once(sweeps) == 1
 
 
-def test_a_ledger_that_is_held_is_not_continued(sweeps: Sweeps, monkeypatch: Any) -> None:
-    sweeps.run(toy(), n_trials=2)
+def _most_at_once(sweeps: Sweeps) -> int:
+    """How many trials ran side by side at most, as the ledger has it."""
+    changes = [{"grant": 1, "debit": -1}.get(record["kind"], 0) for record in sweeps.ledger()]
+    return max(itertools.accumulate(changes))
+
+
+def test_a_named_study_goes_on_with_more_budget_in_a_run_of_its_own(sweeps: Sweeps) -> None:
+    sweeps.run(toy(), n_trials=3)
     first = sweeps.parent
-    sweeps.store.set_tag(first.info.run_id, "ended", "false")
-    folder = Path(sweeps.options["data_dir"]) / "studies" / first.data.tags["study"]
-    key, data_dir = first.data.tags["sweep_key"], str(sweeps.options["data_dir"])
-    held = Ledger(folder / "ledger.jsonl", 0.0)
-    assert sweep.unfinished(sweeps.store, key, data_dir) is None
-    held.close()
-    found = sweep.unfinished(sweeps.store, key, data_dir)
-    assert found is not None
-    assert found.info.run_id == first.info.run_id
+    name = first.data.tags["study"]
+    sweeps.run(toy(), n_trials=5, study=name)
+    second = sweeps.parent
+    assert second.info.run_id != first.info.run_id
+    assert (second.data.tags["study"], second.data.tags["continues"]) == (name, first.info.run_id)
+    # One study and one ledger: both budgets, every trial once, and the bill of both.
+    assert [int(run.data.tags["trial"]) for run in sweeps.trials] == [0, 1, 2, 3, 4]
+    parents = [run.data.tags["mlflow.parentRunId"] for run in sweeps.trials]
+    assert parents == 3 * [first.info.run_id] + 2 * [second.info.run_id]
+    totals = [record["total"] for record in sweeps.ledger() if record["kind"] == "open"]
+    assert totals[1] > 1.5 * totals[0]
+    assert second.data.metrics["n_trials"] == 5
+    assert second.data.metrics["cpu_seconds"] > first.data.metrics["cpu_seconds"]
+    # The run that was there first stays as it was.
+    assert sweeps.store.get_run(first.info.run_id).data.metrics == first.data.metrics
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"study": "toy-00000000"}, "study must be 'auto' or name a study in .*toy-"),
+        ({"model": "knn"}, "a study is of one model on one data set, and .* is of toy"),
+        ({"n_train": 500}, "a study is of one model on one data set"),
+    ],
+)
+def test_a_study_that_is_not_of_this_sweep_is_refused(
+    change: dict[str, object], rule: str, sweeps: Sweeps
+) -> None:
+    sweeps.run(toy(), n_trials=1)
+    study = {"study": sweeps.parent.data.tags["study"]}
+    with pytest.raises(UserError, match=rule):
+        sweeps.run(toy(), **(study | change))
+    assert len(runs(sweeps.store, "sweep")) == 1
+
+
+def test_a_study_that_is_being_swept_is_refused(sweeps: Sweeps) -> None:
+    sweeps.run(toy(), n_trials=1)
+    study = sweeps.parent.data.tags["study"]
+    path = Path(sweeps.options["data_dir"]) / "studies" / study / "ledger.jsonl"
+    with (
+        closing(Ledger(path, 0.0, "other", "run")),
+        pytest.raises(UserError, match="a study has one sweep at a time"),
+    ):
+        sweeps.run(toy(), study=study)
+    # Nor is it taken for an interrupted one.
+    assert sweep.interrupted(sweeps.store, path.parent.parent, "other") is None
+
+
+def test_the_bill_is_on_the_sweep_and_on_every_trial(sweeps: Sweeps) -> None:
+    sweeps.run(toy(before=BURN), n_trials=4)
+    for run in [sweeps.parent, *sweeps.trials]:
+        metrics = run.data.metrics
+        causes = [value for name, value in metrics.items() if name.startswith("overhead/")]
+        assert metrics["overhead_cpu_seconds"] == pytest.approx(sum(causes), abs=1e-6)
+        fit, overhead = metrics["fit_cpu_seconds"], metrics["overhead_cpu_seconds"]
+        assert metrics["cpu_seconds"] == pytest.approx(fit + overhead, abs=1e-6)
+        assert metrics["overhead/tracking_cpu_seconds"] > 0
+    # It is known over time: at the end of each trial, and at the sweep's own end.
+    history = sweeps.store.get_metric_history(sweeps.parent.info.run_id, "overhead_cpu_seconds")
+    values = [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
+    assert len(values) == 5
+    assert values == sorted(values)
+    for run in sweeps.trials:
+        # A trial that burns 0.3 CPU-seconds a step has that as fit.
+        n_steps = len(sweeps.store.get_metric_history(run.info.run_id, "val_accuracy"))
+        assert run.data.metrics["fit_cpu_seconds"] >= 0.3 * n_steps
+
+
+def test_work_that_died_unreported_is_called_lost(sweeps: Sweeps) -> None:
+    death = "os.kill(os.getpid(), signal.SIGKILL)"
+    sweeps.run(toy(before=f"{BURN}\n        if step > 1 and quality != 0.5: {death}"), n_trials=3)
+    for run in sweeps.trials:
+        if run.data.tags["state"] == "killed":
+            assert run.data.metrics["overhead/lost_cpu_seconds"] >= 0.3
+    assert "killed" in sweeps.tags("state")
+
+
+def test_eight_workers_write_to_a_store_that_a_server_reads(
+    sweeps: Sweeps, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The MLflow UI is open on the same file meanwhile."""
+    seen: list[int] = []
+    done = threading.Event()
+
+    def look() -> None:
+        reader = mlflow.MlflowClient(server.uri)
+        while not done.is_set():
+            seen.append(len(reader.search_runs(["0"])))
+
+    with ThreadPoolExecutor() as pool:
+        looking = pool.submit(look)
+        try:
+            sweeps.run(toy(before=BURN), n_trials=20, workers=8)
+        finally:
+            done.set()
+        looking.result()
+    assert _most_at_once(sweeps) == 8
+    assert [int(run.data.tags["trial"]) for run in sweeps.trials] == list(range(20))
+    assert {run.info.status for run in sweeps.trials} == {"FINISHED"}
+    assert seen[-1] > seen[0]
+
+
+def test_a_server_that_goes_away_loses_nothing(
+    sweeps: Sweeps, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+
+    def interrupt() -> None:
+        assert wait(lambda: len(runs(sweeps.store, "trial")) >= 3, 60)
+        server.stop()
+        time.sleep(6)
+        server.start()
+
+    with ThreadPoolExecutor() as pool:
+        interrupted = pool.submit(interrupt)
+        sweeps.run(toy(before=BURN), n_trials=8)
+        interrupted.result()
+    assert sweeps.parent.info.status == "FINISHED"
+    assert [int(run.data.tags["trial"]) for run in sweeps.trials] == list(range(8))
+    for run in sweeps.trials:
+        assert run.info.status == "FINISHED"
+        assert {"quality", "steps"} <= set(run.data.params)
+        # Every step that the trial reported is there, and its model answers.
+        history = sweeps.store.get_metric_history(run.info.run_id, "val_accuracy")
+        assert [metric.step for metric in history] == list(range(1, len(history) + 1))
+        assert mlflow.pyfunc.load_model(run.data.tags["model_uri"]) is not None
 
 
 @pytest.mark.parametrize(
@@ -228,6 +361,8 @@ def test_a_ledger_that_is_held_is_not_continued(sweeps: Sweeps, monkeypatch: Any
         ({"cpu_minutes": "-3"}, "cpu_minutes must be a number above 0, but '-3' came"),
         ({"workers": "0"}, "workers must be 'auto' or a whole number above 0, but '0' came"),
         ({"model": "svm"}, "model must be one of cnn, knn, lstm, but 'svm' came"),
+        ({"plan": "yes"}, "plan must be true or false, but 'yes' came"),
+        ({"study": "''"}, "study must not be empty"),
         ({"n_train": "1e4"}, "n_train must be 'all' or a whole number"),
         ({"epochs": "3"}, "sweep knows the parameters .*, but 'epochs' came"),
     ],
@@ -235,7 +370,34 @@ def test_a_ledger_that_is_held_is_not_continued(sweeps: Sweeps, monkeypatch: Any
 def test_bad_parameters_cost_no_run(
     wrong: dict[str, str], rule: str, store: mlflow.MlflowClient, data_options: dict[str, Any]
 ) -> None:
-    options = {"model": "knn", "seed": 0, "cpu_minutes": 1, "workers": "auto"} | wrong
+    options = SWEEP | {"model": "knn"} | wrong
     with pytest.raises(UserError, match=rule):
         sweep.main(arguments(data_options | options))
     assert store.search_runs(["0"]) == []
+
+
+def test_the_kernel_agrees_on_the_budget_and_knn_needs_no_tensorflow(
+    store: mlflow.MlflowClient, data_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """A sweep as a user types it: all of its processes, from the first line to the last."""
+    trap, trace = tmp_path / "trap", tmp_path / "imported"
+    trap.mkdir()
+    # Found before the real ones: an import would leave a trace, and fail.
+    for name in ("tensorflow", "keras"):
+        (trap / f"{name}.py").write_text(f"open({str(trace)!r}, 'w')\nraise ImportError")
+    options = data_options | SWEEP | {"model": "knn", "cpu_minutes": 0.5}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sweeps.sweep", *arguments(options)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHONPATH": str(trap)},
+        stdout=subprocess.DEVNULL,
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert not trace.exists()
+    spent = usage.ru_utime + usage.ru_stime
+    assert spent <= 30.0 + 2.0
+    (run,) = runs(store, "sweep")
+    # What comes after the last metric is the end of the interpreter.
+    assert run.data.metrics["cpu_seconds"] == pytest.approx(spent, abs=2.0)

@@ -1,7 +1,6 @@
 import optuna
 import pytest
 
-from pipeline.tracking import Point
 from sweeps.trial import Referee
 
 END = {
@@ -26,7 +25,8 @@ def _play(*costs: float, number: int = 0, lower: float = 0.0) -> Referee:
         study.ask()
     referee = Referee(study.ask(), 25.0, 2.0)
     for step, cost in enumerate(costs, 1):
-        if referee(Point(step, 0.0, {"val_accuracy": 0.5, "fit_cpu_seconds": cost})):
+        report = {"step": step, "val_accuracy": 0.5, "cpu_seconds": cost, "bill": {"fit": cost}}
+        if referee(report):
             break
     return referee
 
@@ -60,11 +60,12 @@ def test_the_pruner_stops_a_trial_but_never_the_baseline() -> None:
     ],
 )
 def test_an_end_is_classified(event: dict[str, object], state: str, failure: str | None) -> None:
-    outcome = _play(1.0, 3.0, number=1).outcome("run", END | event, 50.0)
+    outcome = _play(1.0, 3.0, number=1).outcome("run", END | event)
     if state == "pruned":
-        outcome = _play(1.0, number=1, lower=0.9).outcome("run", END | event, 50.0)
+        outcome = _play(1.0, number=1, lower=0.9).outcome("run", END | event)
     assert (outcome.state, outcome.failure) == (state, failure)
     # What was reported counts, however it ended; the bill is the kernel's.
     assert outcome.val_accuracy == 0.5
     assert outcome.cpu_seconds == 12.0
+    assert outcome.bill == {"fit": outcome.bill["fit"], "lost": 12.0 - outcome.bill["fit"]}
     assert outcome.first_step_cpu_seconds == 1.0

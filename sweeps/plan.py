@@ -1,0 +1,200 @@
+"""What a budget will buy, found by timing a few steps: ``mlflow run . -e sweep -P plan=true``."""
+
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+from mlflow.models import Model
+
+from pipeline import models, registry, tracking
+from pipeline.bill import METER
+from pipeline.spec import Dataset, Fitted, Part, UserError
+from pipeline.train import one_of_each
+from sweeps import search
+from sweeps.budget import GRANT_SHARE, RESERVE_CPU_SECONDS, own_cpu_seconds
+from sweeps.engine import Task, preload
+from sweeps.nursery import Message, Nursery
+
+PLAN_CPU_SECONDS = 20.0  # all that a plan may spend, start-up included
+CLOSING_CPU_SECONDS = 1.5  # what it takes to end the nursery and to write the plan down
+GRANTS = (5.0, 3.0)  # CPU-seconds to time the defaults, and each other set of hyperparameters
+MAX_TIMED = 8  # sets of hyperparameters
+MAX_STEPS = 3  # of one fit: those that come later cost as much
+FIRST_SHARE = 0.02  # of the letters, for a first look at what a step costs
+WRITING_CPU_SECONDS = 0.3  # a trial's run in MLflow, beside its model
+
+
+class Timed(NamedTuple):
+    """What a trial costs, in CPU-seconds on all letters.
+
+    Attributes:
+        extra: beside its steps: graphs, model, run.
+        step: of its first step.
+        later: of each step after that.
+        n_steps: of a whole fit.
+    """
+
+    extra: float
+    step: float
+    later: float
+    n_steps: int
+
+    def cost(self, n_steps: float) -> float:
+        """CPU-seconds of a trial of so many steps, at least 1."""
+        return self.extra + self.step + self.later * (n_steps - 1)
+
+    def n_affordable(self, cpu_seconds: float) -> int:
+        """How many steps of a whole fit a grant pays for; 0 where it does not pay for the first."""
+        n_later = math.floor((cpu_seconds - self.cost(1)) / self.later)
+        return max(0, min(self.n_steps, 1 + n_later))
+
+
+def body(spec: Message, call: Callable[[Message], Message]) -> Message:
+    """Time the first steps of a fit on as many letters as the grant pays for. Runs in a fork."""
+    METER.restart()
+    data = Dataset.open(Path(spec["root"]))
+    share, limit = FIRST_SHARE, 0.9 * spec["cpu_seconds"]
+    while True:
+        began = METER.seconds()
+        parts = [_share(data.part("train"), share), _share(data.part("val"), share)]
+        fitted, steps = _fit(spec, parts, share == 1.0, limit)
+        tracing = METER.seconds().get("tracing", 0.0) - began.get("tracing", 0.0)
+        room = limit - time.process_time() - tracing
+        # At worst a step's cost grows with the square of the letters.
+        growth = math.sqrt(max(0.0, room) / steps[0])
+        if share == 1.0 or growth < 1.5:
+            break
+        share = min(1.0, growth * share)
+    later = statistics.mean(steps[1:]) if len(steps) > 1 else steps[0]
+    saving = _save(fitted, data)
+    extra = tracing + saving + WRITING_CPU_SECONDS
+    return Timed(extra, steps[0] / share, later / share, fitted.n_steps)._asdict()
+
+
+def _share(part: Part, share: float) -> Part:
+    n_letters = max(100, round(share * len(part.labels)))
+    return Part(part.images[:n_letters], part.labels[:n_letters])
+
+
+def _fit(spec: Message, parts: list[Part], whole: bool, limit: float) -> tuple[Fitted, list[float]]:
+    """A fit's first step, and what it took; all that fit into ``limit`` where all letters do."""
+    ends = [METER.seconds().get("fit", 0.0)]
+
+    def report(step: int, val_accuracy: float) -> bool:
+        ends.append(METER.seconds()["fit"])
+        return (
+            not whole
+            or len(ends) > MAX_STEPS
+            or time.process_time() + (ends[-1] - ends[-2]) > limit
+        )
+
+    with METER.charge("fit"):
+        fit = registry.load(models, spec["model"]).fit
+        fitted: Fitted = fit(spec["params"], *parts, spec["seed"], report)
+    return fitted, [after - before for before, after in zip(ends, ends[1:], strict=False)]
+
+
+def _save(fitted: Fitted, data: Dataset) -> float:
+    """CPU-seconds that it takes to store a model."""
+    before = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        fitted.save_model(
+            path=f"{folder}/model",
+            mlflow_model=Model(),
+            signature=tracking.SIGNATURE,
+            input_example=one_of_each(data.part("train")),
+            pip_requirements=tracking.requirements(fitted.requirements),
+        )
+    return time.process_time() - before
+
+
+def plan(task: Task, cpu_seconds: float, prepared: float) -> str:
+    """Markdown that says what a sweep of so many CPU-seconds will buy.
+
+    ``prepared`` CPU-seconds of this process went into the letters, which a sweep will find.
+    """
+    began = own_cpu_seconds() - prepared
+    timed, imported = _time(task, prepared)
+    start = began + imported
+    grant, left = GRANT_SHARE * cpu_seconds, cpu_seconds - start - RESERVE_CPU_SECONDS
+    baseline, others = timed[0], timed[1:] or timed
+    n_steps = baseline.n_affordable(min(grant, left))
+    if n_steps == 0:
+        least = max(baseline.cost(1) / GRANT_SHARE, baseline.cost(1) + cpu_seconds - left)
+        raise UserError(
+            f"cpu_minutes must pay for start-up and a first step, but {cpu_seconds / 60:g} came, "
+            f"and these take {start:.0f} and {baseline.cost(1):.0f} CPU-s: raise cpu_minutes above "
+            f"{1.1 * least / 60:.2g}"
+        )
+    depths = [search.expected_steps(max(1, one.n_affordable(grant))) for one in others]
+    costs = [one.cost(depth) for one, depth in zip(others, depths, strict=True)]
+    n_more = max(0, int((left - baseline.cost(n_steps)) / statistics.mean(costs)))
+    rungs = ", ".join(
+        f"{n_more * share * sum(one.n_steps >= step for one in others) / len(others):.0f} reach "
+        f"step {step}"
+        for step, share in search.rungs()
+    )
+    rows: list[list[object]] = [
+        ["start-up and closing", "", "", f"{start + RESERVE_CPU_SECONDS:.0f}"],
+        ["trial 000, the deck's model", 1, n_steps, f"{baseline.cost(n_steps):.3g}"],
+        [
+            "further trials",
+            f"about {n_more}",
+            f"{statistics.mean(depths):.1f}",
+            f"{statistics.mean(costs):.3g} ({min(costs):.3g} to {max(costs):.3g})",
+        ],
+    ]
+    spent = own_cpu_seconds() - prepared
+    return (
+        f"**{task.model} on {task.data.title}**: what {cpu_seconds:.0f} CPU-seconds will buy\n\n"
+        + tracking.markdown(["", "trials", "steps each", "CPU-s each"], rows)
+        + f"\n\nA step of the deck's model takes {baseline.later:.1f} CPU-s; of the further trials "
+        f"{rungs}. Timed on {len(timed)} sets of hyperparameters in {spent:.0f} CPU-s."
+        + (f" Preparing the letters took {prepared:.0f} more, once." if prepared > 1 else "")
+    )
+
+
+def _time(task: Task, prepared: float) -> tuple[list[Timed], float]:
+    """Costs of the first proposals of a study, the defaults first; and of loading the nursery."""
+    member, timed = registry.load(models, task.model), []
+    with closing(Nursery("sweeps.plan:body", preload(member))) as nursery:
+        for number, params in enumerate(search.proposals(member.PARAMS, task.seed, MAX_TIMED)):
+            grant = GRANTS[min(number, 1)]
+            spent = own_cpu_seconds() - prepared + nursery.cpu_seconds()
+            if spent + grant > PLAN_CPU_SECONDS - CLOSING_CPU_SECONDS:
+                break
+            spec = {
+                "model": task.model,
+                "params": params,
+                "root": str(task.data.root),
+                "seed": task.seed,
+                "cpu_seconds": grant,
+            }
+            nursery.start(number, spec, grant)
+            end = _end(nursery)
+            if error := end.get("error"):
+                raise UserError(f"a plan times fits, but {params} failed with '{error}'")
+            if "step" in end:
+                timed.append(Timed(**end))
+            elif number == 0:
+                break  # the defaults are the measure of all others
+        imported = nursery.imported
+    if not timed:
+        raise UserError(
+            f"a plan must time a step of the deck's model in {PLAN_CPU_SECONDS:.0f} CPU-s, but "
+            "that is too little here for so many letters: pass a smaller n_train"
+        )
+    return timed, imported
+
+
+def _end(nursery: Nursery) -> Message:
+    """What the body of the trial under way returned; empty where it was stopped."""
+    while True:
+        for event in nursery.events(1.0):
+            if "end" in event:
+                return event["end"] or {}

@@ -1,0 +1,71 @@
+"""Plans as a user types them: in a process of its own, whose CPU-seconds are all theirs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from steps import SWEEP, arguments, runs
+
+from sweeps.plan import PLAN_CPU_SECONDS, Timed
+
+TIMED = Timed(extra=2.0, step=10.0, later=5.0, n_steps=4)
+
+
+@pytest.mark.parametrize(("n_steps", "cpu_seconds"), [(1, 12.0), (2, 17.0), (4, 27.0)])
+def test_a_trial_costs_its_steps_and_what_is_beside_them(n_steps: int, cpu_seconds: float) -> None:
+    assert TIMED.cost(n_steps) == cpu_seconds
+    # Law: with exactly that, so many steps can be paid for, and with a little less one less.
+    assert TIMED.n_affordable(cpu_seconds) == n_steps
+    assert TIMED.n_affordable(cpu_seconds - 0.1) == n_steps - 1
+
+
+def test_no_more_steps_are_paid_for_than_a_fit_has() -> None:
+    assert TIMED.n_affordable(1000.0) == 4
+
+
+def plan(options: dict[str, Any], cpu_minutes: float) -> tuple[int, str, float]:
+    """Exit code, output and CPU-seconds of a plan for nearest neighbours."""
+    given = arguments(
+        options | SWEEP | {"model": "knn", "plan": "true", "cpu_minutes": cpu_minutes}
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sweeps.sweep", *given],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert process.stdout is not None
+    out = process.stdout.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, out, usage.ru_utime + usage.ru_stime
+
+
+def test_a_plan_says_what_a_budget_buys_and_searches_nothing(
+    store: mlflow.MlflowClient, data_options: dict[str, Any]
+) -> None:
+    code, out, spent = plan(data_options, 5)
+    assert code == 0, out
+    assert "what 300 CPU-seconds will buy" in out
+    assert "trial 000, the deck's model" in out
+    assert "reach step 3" in out
+    assert spent <= PLAN_CPU_SECONDS
+    (run,) = runs(store, "plan")
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["mlflow.note.content"] in out
+    assert not (data_options["data_dir"] / "studies").exists()
+    assert runs(store, "sweep") == []
+
+
+def test_a_plan_for_too_small_a_budget_says_how_much_would_do(
+    store: mlflow.MlflowClient, data_options: dict[str, Any]
+) -> None:
+    code, out, _ = plan(data_options, 0.05)
+    assert code == 2
+    assert "error: cpu_minutes must pay for start-up and a first step, but 0.05 came" in out
+    assert "raise cpu_minutes above" in out
+    assert [run.info.status for run in runs(store, "plan")] == ["FAILED"]
