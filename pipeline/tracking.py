@@ -30,6 +30,7 @@ from mlflow.entities import DatasetInput, InputTag, LoggedModelOutput, Metric, P
 from mlflow.entities import Run as RunEntity
 from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import Schema, TensorSpec
+from mlflow.utils import requirements_utils
 
 from pipeline import owner
 from pipeline.bill import charge
@@ -337,6 +338,11 @@ def version(name: str) -> str:
 def requirements(names: Sequence[str]) -> list[str]:
     """Exact pip requirements of these distributions, as installed, which is as locked."""
     return [f"{_distribution(name)}=={version(name)}" for name in names]
+
+
+def know_packages() -> None:
+    """Have MLflow look through all that is installed, as it does when it first logs a model."""
+    requirements_utils.warn_dependency_requirement_mismatches(requirements(["numpy"]))
 
 
 def get_run(client: mlflow.MlflowClient, run_id: str) -> RunEntity:

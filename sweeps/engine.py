@@ -25,6 +25,7 @@ MAX_NURSERIES = 3  # a nursery that dies again and again is killed by something
 
 # What MLflow imports when it first writes: 1 CPU-second, once for all trials.
 LOGGING_PRELOAD = (
+    "mlflow.pyfunc",
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store",
     "mlflow.models.display_utils",

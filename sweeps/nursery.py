@@ -55,7 +55,10 @@ class Nursery:
     """The driver's handle: starts the process, sends it trials, yields what comes of them."""
 
     def __init__(self, body: str, preload: Sequence[str]) -> None:
-        """``body`` is ``module:function``; ``preload`` are modules imported once, before forks."""
+        """``body`` is ``module:function``; ``preload`` are modules imported once, before forks.
+
+        So is the module of ``body``; where it has a function ``prepare``, that is called then.
+        """
         ours, theirs = socketpair()
         command = [sys.executable, "-m", "sweeps.nursery", str(theirs.fileno()), body, *preload]
         self.process = subprocess.Popen(
@@ -320,10 +323,11 @@ def main(argv: Sequence[str]) -> None:
     for name in preload:
         importlib.import_module(name)
     module, _, function = body.partition(":")
-    run = getattr(importlib.import_module(module), function)
+    trial = importlib.import_module(module)
+    getattr(trial, "prepare", lambda: None)()
     processes.adopt_orphans()
     gc.freeze()  # so that collections in trials do not copy the pages that they share
-    serve(driver, run)
+    serve(driver, getattr(trial, function))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What the project costs, measured: commands, and the figures that they gave."""
