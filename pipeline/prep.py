@@ -8,9 +8,10 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -75,6 +76,7 @@ def _write(
     """Write the arrays beside their folder's final place, then move it there in one step."""
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
+        _sweep_up(data_dir)
         scratch = Path(tempfile.mkdtemp(prefix=".prep-", dir=data_dir))
     except OSError as error:
         raise _unwritable(data_dir, error) from error
@@ -96,13 +98,18 @@ def _write(
             "split_seed": datasets.SPLIT_SEED,
             "source": dict(source.facts),
         }
-        (scratch / "dataset.json").write_text(json.dumps(facts, indent=2) + "\n")
+        with (scratch / "dataset.json").open("w") as file:
+            file.write(json.dumps(facts, indent=2) + "\n")
+            _keep(file)
         scratch.chmod(0o755)  # mkdtemp makes it private
         root = data_dir / f"{dataset}-{digest}"
-        if root.exists():  # the same letters by other code: only the key is new
-            os.replace(scratch / "dataset.json", root / "dataset.json")
-        else:
+        try:
             scratch.rename(root)
+        except OSError:
+            if not root.exists():
+                raise
+            # The same letters, by other code or by a process at the same time: the key may be new.
+            os.replace(scratch / "dataset.json", root / "dataset.json")
     except OSError as error:
         raise _unwritable(data_dir, error) from error
     finally:
@@ -118,8 +125,23 @@ def _unwritable(data_dir: Path, error: OSError) -> UserError:
 
 
 def _save(path: Path, array: np.ndarray[Any, Any]) -> str:
-    np.save(path, np.ascontiguousarray(array))
+    with path.open("wb") as file:
+        np.save(file, np.ascontiguousarray(array))
+        _keep(file)
     return _sha256(path.read_bytes())
+
+
+def _keep(file: IO[Any]) -> None:
+    """Have a file on the disk before its folder gets its name: a power cut may come between."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sweep_up(data_dir: Path) -> None:
+    """Remove what a prep that was killed has left; none takes as long as a day."""
+    for path in data_dir.glob(".prep-*"):
+        if time.time() - path.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _sha256(data: bytes) -> str:

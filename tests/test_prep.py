@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -125,6 +126,36 @@ def test_a_failed_write_leaves_nothing(
     with pytest.raises(UserError, match="'the disk said no': make room or pass -P data_dir=FOLDER"):
         prep.prepare(**data_options | {"archive": str(archive)})
     assert list(Path(data_options["data_dir"]).iterdir()) == []
+
+
+def test_what_a_killed_prep_has_left_is_removed_a_day_later(
+    data_options: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = data_options["data_dir"]
+    old, new = folder / ".prep-old", folder / ".prep-new"
+    for path in (old, new):
+        path.mkdir(parents=True)
+        (path / "train_images.npy").touch()
+    os.utime(old, (0, 0))
+    prep.prepare(
+        **data_options | {"archive": str(data_options["archive"]), "data_dir": str(folder)}
+    )
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_two_processes_may_prepare_the_same_letters_at_once(
+    data_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = data_options | {
+        "archive": str(data_options["archive"]),
+        "data_dir": str(data_options["data_dir"]),
+    }
+    first = prep.prepare(**options)
+    # The second one looked before the first one was done.
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [])
+    second = prep.prepare(**options)
+    assert second.root == first.root
+    assert [path.name for path in first.root.parent.iterdir()] == [first.root.name]
 
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(

@@ -189,6 +189,25 @@ def test_an_interrupted_sweep_is_killed_and_continued(stop: signal.Signals, typi
     _check_the_end(typist)
 
 
+def test_two_sweeps_at_once_on_a_fresh_store_are_two(
+    typist: Typist, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither stumbles over the letters or the study of the other."""
+    uri = f"sqlite:///{tmp_path}/fresh.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for driver in [typist.type(n_trials=4), typist.type(n_trials=4)]:
+        out, _ = driver.communicate(timeout=120)
+        assert driver.returncode == 0, out.decode()
+        assert b"continuing" not in out
+    store = mlflow.MlflowClient(uri)
+    parents, trials = runs(store, "sweep"), runs(store, "trial")
+    assert [parent.data.metrics["n_trials"] for parent in parents] == [4.0, 4.0]
+    assert {run.info.status for run in [*parents, *trials]} == {"FINISHED"}
+    for parent in parents:
+        mine = [t for t in trials if t.data.tags["mlflow.parentRunId"] == parent.info.run_id]
+        assert sorted(int(trial.data.tags["trial"]) for trial in mine) == [0, 1, 2, 3]
+
+
 def test_a_finished_sweep_typed_again_is_a_new_one(typist: Typist) -> None:
     for _ in range(2):
         driver = typist.type()
