@@ -7,6 +7,7 @@ RUN = $(BIN)/mlflow run . --env-manager local
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # MLflow starts a step in bash -c "python ...": that python must be the one of .venv.
 
+STORE = $(if $(MLFLOW_TRACKING_URI),,mlflow.db)
 MODEL ?= cnn
 CPU_MINUTES ?= 10
 
@@ -30,7 +31,11 @@ lint: $(BIN)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-venv: $(BIN)/.installed
+venv: $(BIN)/.installed $(STORE)
+
+# `mlflow run` makes the tracking store without a lock: two at once on a fresh clone would break it.
+mlflow.db: | $(BIN)/.installed
+	$(BIN)/python -c 'from pipeline import tracking; tracking.connect()'
 
 # uv installs the lock in a tenth of pip's time, and is what `--env-manager uv` needs.
 $(BIN)/.installed: requirements.txt

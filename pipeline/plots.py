@@ -132,21 +132,19 @@ def bill(spent: Sequence[Mapping[str, float]], title: str) -> Figure:
 
     ``spent`` has the CPU-seconds of the whole sweep by cause, at the end of each trial.
     """
-    x = [sum(one.values()) for one in spent]
+    spent = [{}, *spent]  # a sweep begins at nothing
+    x, last = [sum(one.values()) for one in spent], spent[-1]
     causes = [cause for cause in OVERHEAD if any(one.get(cause, 0.0) >= 0.05 for one in spent)]
-    last = spent[-1]
-    figure, axes = _axes(title, "CPU-seconds of the sweep", "CPU-seconds of overhead")
+    fit = f"fit {last.get('fit', 0.0):.0f} of {x[-1]:.0f} CPU-s, {last.get('fit', 0.0) / x[-1]:.1%}"
+    figure, axes = _axes(f"{title}\n{fit}", "CPU-seconds of the sweep", "CPU-seconds of overhead")
     axes.stackplot(
         x,
         [[max(0.0, one.get(cause, 0.0)) for one in spent] for cause in causes],
-        labels=[f"{cause}: {last.get(cause, 0.0):.1f}" for cause in causes],
+        labels=[f"{cause} {last.get(cause, 0.0):.1f}" for cause in causes],
         colors=[f"C{i}" for i in range(len(causes))],
         alpha=0.85,
     )
-    fit = last.get("fit", 0.0)
-    axes.set_title(f"fit: {fit:.0f} of {x[-1]:.0f} CPU-s, {fit / x[-1]:.1%}", loc="right")
-    axes.set_title("")
-    figure.suptitle(title, x=0.01, ha="left")
+    axes.set_xlim(0, x[-1])
     axes.legend(frameon=False, loc="upper left", reverse=True)
     return figure
 

@@ -4,11 +4,13 @@ import fcntl
 import json
 import os
 import resource
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from pipeline.bill import added
+from pipeline.spec import UserError
 
 # For closing the sweep: figures, description, and what the nursery takes to end.
 RESERVE_CPU_SECONDS = 4.0
@@ -20,8 +22,14 @@ UNSEEN_CPU_SECONDS = 1.0
 Bill = Mapping[str, float]  # CPU-seconds by cause
 
 
-class Busy(Exception):
-    """Another process has this ledger open: its sweep is alive."""
+class Busy(UserError):
+    """Another process has a study's ledger open: its sweep is alive."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"a study has one sweep at a time, but one of {path.parent.name!r} is running: "
+            "wait for its end, or stop it"
+        )
 
 
 class Opening(NamedTuple):
@@ -54,10 +62,10 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: TextIO = path.open("a+")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            _lock(self._file, path)
+        except Busy:
             self._file.close()
-            raise Busy(path) from error
+            raise
         self._file.seek(0)
         text = self._file.read()
         if text and not text.endswith("\n"):
@@ -110,11 +118,19 @@ def last_opening(path: Path) -> Opening | None:
         Busy: a process has it open.
     """
     with path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Busy(path) from error
+        _lock(file, path)
         return _read(file.read())[2]
+
+
+def _lock(file: TextIO, path: Path) -> None:
+    """Lock a ledger until its file is closed; a process that only looks at it is soon done."""
+    for _ in range(10):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.05)
+    raise Busy(path)
 
 
 def _read(text: str) -> tuple[float, Bill, Opening | None]:

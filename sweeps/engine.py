@@ -304,7 +304,13 @@ class Engine:
 
     @charge("tracking")
     def _close_runs(self, runs: Sequence[RunEntity]) -> None:
+        """Close runs that are RUNNING though no trial is."""
+        ended = {str(outcome.number) for outcome in self.outcomes}
         for run in runs:
+            if run.data.tags["trial"] in ended:
+                # A server that broke down when it had made a run was asked for another one.
+                self.run.client.delete_run(run.info.run_id)
+                continue
             self.run.client.set_tag(run.info.run_id, "failure", "killed")
             self.run.client.set_terminated(run.info.run_id, "KILLED")
 

@@ -6,7 +6,7 @@ mlflow run . -e sweep -P model=lstm -P cpu_minutes=10
 import hashlib
 import os
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,11 +160,6 @@ def named(client: mlflow.MlflowClient, folder: Path, model: str, data: Dataset) 
     try:
         opening = last_opening(path)
         run = client.get_run(opening.run_id if opening else "")
-    except Busy:
-        raise UserError(
-            f"a study has one sweep at a time, but one of {folder.name!r} is running: "
-            "wait for its end, or stop it"
-        ) from None
     except mlflow.MlflowException:
         raise UserError(
             f"a study is continued in the tracking store where it began, but {folder.name!r} is "
@@ -204,17 +199,26 @@ def main(argv: Sequence[str]) -> None:
         with tracking.start("resume") as run:
             run.name(f"{model} sweep, continued")
             run.tags({"model": model, "continues": again.info.run_id})
-    with tracking.start("sweep", again=again) as run:
-        folder = before.folder if before else studies / f"{model}-{run.id[:8]}"
-        with closing(Ledger(folder / "ledger.jsonl", budget, key, run.id)) as ledger:
-            if again:
-                print(f"{model}: continuing the sweep that was interrupted, run {run.id}")
-            else:
-                run.name(f"{model} sweep")
-                run.tags({"model": model, "study": folder.name})
-                run.tags({"continues": before.run.info.run_id} if before else {})
-                run.use_dataset(data, "train")
-            sweep(run, ledger, folder, task)
+    with ExitStack() as stack:
+        # The ledger comes first where it is there: it says whether another process was faster.
+        folder = before.folder if before else None
+        if folder and again:
+            ledger = stack.enter_context(_ledger(folder, budget, key, again.info.run_id))
+        run = stack.enter_context(tracking.start("sweep", again=again))
+        folder = folder or studies / f"{model}-{run.id[:8]}"
+        if again:
+            print(f"{model}: continuing the sweep that was interrupted, run {run.id}")
+        else:
+            ledger = stack.enter_context(_ledger(folder, budget, key, run.id))
+            run.name(f"{model} sweep")
+            run.tags({"model": model, "study": folder.name})
+            run.tags({"continues": before.run.info.run_id} if before else {})
+            run.use_dataset(data, "train")
+        sweep(run, ledger, folder, task)
+
+
+def _ledger(folder: Path, budget: float, key: str, run_id: str) -> closing[Ledger]:
+    return closing(Ledger(folder / "ledger.jsonl", budget, key, run_id))
 
 
 def write_plan(task: Task, budget: float) -> None:

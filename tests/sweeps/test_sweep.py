@@ -273,6 +273,22 @@ def test_a_study_that_is_being_swept_is_refused(sweeps: Sweeps) -> None:
     assert sweep.interrupted(sweeps.store, path.parent.parent, "other") is None
 
 
+def test_a_run_that_a_server_made_twice_is_there_once(
+    sweeps: Sweeps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = mlflow.MlflowClient.create_run
+
+    def twice(client: mlflow.MlflowClient, *given: Any, **named: Any) -> Any:
+        real(client, *given, **named)  # the answer was lost, and MLflow asked again
+        return real(client, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "create_run", twice)
+        sweeps.run(toy(), n_trials=3)
+    assert sweeps.tags("trial") == ["0", "1", "2"]
+    assert {run.info.status for run in sweeps.trials} == {"FINISHED"}
+
+
 def test_the_bill_is_on_the_sweep_and_on_every_trial(sweeps: Sweeps) -> None:
     sweeps.run(toy(before=BURN), n_trials=4)
     for run in [sweeps.parent, *sweeps.trials]:
