@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="strokes")
     parser.add_argument("--archive", default="default")
-    parser.add_argument("--n_train", type=int, default=4000)
+    parser.add_argument("--n_train", type=int, default=1000)
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)

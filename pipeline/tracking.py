@@ -120,6 +120,10 @@ class Run:
         self.client.set_terminated(self.id, status)
 
     @charge("tracking")
+    def delete(self) -> None:
+        self.client.delete_run(self.id)
+
+    @charge("tracking")
     def figure(self, name: str, figure: Figure) -> None:
         self.client.log_figure(self.id, figure, name, save_kwargs={"dpi": 110})
 
@@ -188,7 +192,12 @@ class Run:
     @charge("tracking")
     def link_model(self, model_uri: str) -> None:
         """Show a model that another run logged as an output of this one too."""
-        self.client.log_outputs(self.id, [LoggedModelOutput(_model_id(model_uri), step=0)])
+        model_id = _model_id(model_uri)
+        outputs = self.client.get_run(self.id).outputs
+        if model_id not in [
+            one.model_id for one in outputs.model_outputs
+        ]:  # MLflow refuses a second
+            self.client.log_outputs(self.id, [LoggedModelOutput(model_id, step=0)])
         self.tags({"model_uri": model_uri})
 
 

@@ -33,11 +33,12 @@ class Busy(UserError):
 
 
 class Opening(NamedTuple):
-    """The last opening of a ledger: by which command, for which run, and whether that has ended."""
+    """The last opening of a ledger: by which command, for which run, and how far that has come."""
 
     key: str
     run_id: str
-    ended: bool
+    searched: bool = False
+    ended: bool = False
 
 
 class Ledger:
@@ -45,9 +46,9 @@ class Ledger:
 
     A line is a JSON object: ``open`` (a driver begins; ``total`` CPU-seconds), ``grant`` (before a
     trial starts), ``beat`` (what driver and trials have spent so far), ``debit`` (a trial's bill),
-    ``end`` (the search is over). User and system time of every process count, by cause. Where a
-    driver died its last beat is what it spent, and a grant without a debit counts as ``lost``, at
-    its last beat or in full.
+    ``searched`` (no trial will follow), ``end`` (nor anything else). User and system time of every
+    process count, by cause. Where a driver died its last beat is what it spent, and a grant without
+    a debit counts as ``lost``, at its last beat or in full.
     """
 
     def __init__(self, path: Path, cpu_seconds: float, key: str, run_id: str) -> None:
@@ -71,13 +72,14 @@ class Ledger:
         if text and not text.endswith("\n"):
             self._file.write("\n")  # a line that a power cut has torn must not spoil the next
         self.total, self.past, last = _read(text)
-        if last is None or last.ended or last.key != key:
-            self.total += cpu_seconds
+        again = last is not None and last.key == key and not last.ended
+        self.total += 0.0 if again else cpu_seconds
+        self.searched = again and last is not None and last.searched
         self.granted: dict[int, float] = {}  # trial: CPU-seconds; of trials that run now
         self.debited: Bill = {}  # since this was opened
-        self._write(
-            {"kind": "open", "key": key, "run_id": run_id, "pid": os.getpid(), "total": self.total}
-        )
+        self._write({"kind": "open", "key": key, "run_id": run_id, "total": self.total})
+        if self.searched:
+            self._write({"kind": "searched", "own": {}})
 
     def grant(self, trial: int, cpu_seconds: float) -> None:
         """Promise CPU-seconds to a trial; on disk before the trial begins."""
@@ -96,6 +98,11 @@ class Ledger:
         record = {"kind": "beat", "own": own, "trials": trials}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()  # outlives a kill; a power cut may cost a few beats
+
+    def search_ends(self, own: Bill) -> None:
+        """No trial will follow, also where this command is interrupted now and typed again."""
+        self.searched = True
+        self._write({"kind": "searched", "own": own})
 
     def end(self, own: Bill) -> None:
         """The command that opened this has done what it had to; its bill so far."""
@@ -148,7 +155,7 @@ def _read(text: str) -> tuple[float, Bill, Opening | None]:
         if record["kind"] == "open":
             past = added(past, own, _unpaid(open_grants, beats))
             total, own, open_grants, beats = record["total"], {}, {}, {}
-            opening = Opening(record["key"], record["run_id"], False)
+            opening = Opening(record["key"], record["run_id"])
         elif record["kind"] == "grant":
             open_grants[record["trial"]] = record["cpu_seconds"]
         elif record["kind"] == "debit":
@@ -159,6 +166,8 @@ def _read(text: str) -> tuple[float, Bill, Opening | None]:
             beats |= {int(trial): spent for trial, spent in record.get("trials", {}).items()}
             if record["kind"] == "end" and opening:
                 opening = opening._replace(ended=True)
+            elif record["kind"] == "searched" and opening:
+                opening = opening._replace(searched=True)
     return total, added(past, own, _unpaid(open_grants, beats)), opening
 
 

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from pipeline import models, registry, tracking
 from pipeline.bill import METER, added, charge, completed, metrics
 from pipeline.spec import Dataset, Params
-from sweeps import processes
+from sweeps import processes, search
 from sweeps.budget import GRANT_SHARE, RESERVE_CPU_SECONDS, Ledger, own_cpu_seconds
 from sweeps.nursery import Message, Nursery
 from sweeps.trial import STATUS, Outcome, Referee
@@ -68,7 +68,7 @@ class Engine:
         self.member = registry.load(models, task.model)
         self.tags = tracking.environment_tags() | tracking.dataset_tags(task.data)
         self.tags |= {"model": task.model, "study": study.study_name}
-        self.outcomes = past_outcomes(study)
+        self.outcomes = search.past_outcomes(study)
         self.live: dict[int, _Live] = {}
         self.nursery: Nursery | None = None
         self.imported = 0.0  # CPU-seconds that the nurseries before this one took to load
@@ -128,7 +128,7 @@ class Engine:
 
     # ---- the loop
 
-    def search(self) -> list[Outcome]:
+    def search(self) -> None:
         """Ask, fork and tell until what is left cannot pay for another trial's first step."""
         handlers = {number: signal.signal(number, self._interrupt) for number in _INTERRUPTS}
         try:
@@ -150,7 +150,6 @@ class Engine:
             self._stop()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        return self.outcomes
 
     def _interrupt(self, signum: int, frame: object) -> None:
         """Note an interrupt; the loop heeds it where no booking is half done."""
@@ -230,31 +229,41 @@ class Engine:
         outcome = referee.outcome(run.id, event)
         self.ledger.debit(number, outcome.bill)
         outcome = outcome._replace(spent=self.bill())
-        tell(self.study, referee.trial, outcome)
+        search.tell(self.study, referee.trial, outcome)
         self.outcomes.append(outcome)
         end = event["end"] or {}
         if traceback := end.get("traceback"):
             run.text("traceback.txt", traceback)
+        costs = {"peak_rss_mb": event["peak_rss_mb"]} | end.get("costs", {})
+        self._close(run, outcome, referee.curve, costs)
+        # Best and bill so far, by trial: the last values are the sweep's own.
+        progress = {"val_accuracy": best(self.outcomes)} | metrics(outcome.spent)
+        self.run.metrics(progress, len(self.outcomes) - 1)
+        self.show(outcome)
+
+    def _close(
+        self,
+        run: tracking.Run,
+        outcome: Outcome,
+        curve: Sequence[tracking.Point],
+        costs: Mapping[str, float],
+    ) -> None:
+        """Log how a trial ended, and close its run."""
         texts = {
             "state": outcome.state,
             "failure": outcome.failure,
             "error": outcome.error,
             "model_uri": outcome.model_uri,
         }
-        costs = metrics(outcome.bill) | {"peak_rss_mb": event["peak_rss_mb"]} | end.get("costs", {})
-        last = referee.curve[-1].step if referee.curve else 0
+        last = curve[-1].step if curve else 0
         # At once: a write for every step would be a trial's largest overhead.
         run.write(
-            [*referee.curve, tracking.Point(last, time.time(), costs)],
+            [*curve, tracking.Point(last, time.time(), metrics(outcome.bill) | dict(costs))],
             tags={name: text for name, text in texts.items() if text},
         )
         if outcome.val_accuracy is not None:
-            run.name(f"{self.task.model} {number:03} · {outcome.val_accuracy:.1%}")
+            run.name(f"{self.task.model} {outcome.number:03} · {outcome.val_accuracy:.1%}")
         run.close(STATUS[outcome.state])
-        # Best and bill so far, by trial: the last values are the sweep's own.
-        progress = {"val_accuracy": best(self.outcomes)} | metrics(outcome.spent)
-        self.run.metrics(progress, len(self.outcomes) - 1)
-        self.show(outcome)
 
     def _bury_nursery(self) -> None:
         """The nursery is dead, and its trials with it: bill them by their last beat."""
@@ -302,17 +311,27 @@ class Engine:
         home = [self.run.experiment_id]
         return list(self.run.client.search_runs(home, condition, max_results=50_000))
 
-    @charge("tracking")
     def _close_runs(self, runs: Sequence[RunEntity]) -> None:
         """Close runs that are RUNNING though no trial is."""
-        ended = {str(outcome.number) for outcome in self.outcomes}
-        for run in runs:
-            if run.data.tags["trial"] in ended:
-                # A server that broke down when it had made a run was asked for another one.
-                self.run.client.delete_run(run.info.run_id)
-                continue
-            self.run.client.set_tag(run.info.run_id, "failure", "killed")
-            self.run.client.set_terminated(run.info.run_id, "KILLED")
+        outcomes = {str(outcome.number): outcome for outcome in self.outcomes}
+        for entity in runs:
+            run = tracking.Run(self.run.client, entity.info.run_id, entity.info.experiment_id)
+            outcome = outcomes.get(entity.data.tags["trial"])
+            if outcome is None:
+                run.tags({"failure": "killed"})
+                run.close("KILLED")
+            elif outcome.run_id == run.id:  # its driver died while it closed it
+                self._close(run, outcome, self._curve(outcome), {})
+            else:  # a server that broke down when it had made a run was asked for another one
+                run.delete()
+
+    def _curve(self, outcome: Outcome) -> list[tracking.Point]:
+        """What a trial has reported, as the study has it."""
+        reports = self.study.get_trials(deepcopy=False)[outcome.number].intermediate_values
+        return [
+            tracking.Point(step, time.time(), {"val_accuracy": value}, outcome.model_uri)
+            for step, value in sorted(reports.items())
+        ]
 
 
 def preload(member: ModuleType) -> list[str]:
@@ -334,21 +353,3 @@ def _killed(number: int, cpu_seconds: float) -> Message:
 def best(outcomes: Sequence[Outcome]) -> float:
     """Best validation accuracy of a logged model so far; 0 before there is one."""
     return max((one.val_accuracy or 0.0 for one in outcomes if one.model_uri), default=0.0)
-
-
-@charge("search")
-def tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
-    """Tell Optuna how a trial ended. A fit that its grant ended early has a value all the same."""
-    trial.set_user_attr("outcome", outcome._asdict())
-    if outcome.val_accuracy is None or outcome.state in ("failed", "killed"):
-        study.tell(trial, state=TrialState.FAIL)
-    elif outcome.state == "pruned":
-        study.tell(trial, state=TrialState.PRUNED)
-    else:
-        study.tell(trial, outcome.val_accuracy)
-
-
-def past_outcomes(study: optuna.Study) -> list[Outcome]:
-    """Outcomes of a study's ended trials, as their drivers have noted them in it."""
-    attributes = [trial.user_attrs.get("outcome") for trial in study.get_trials(deepcopy=False)]
-    return [Outcome(**outcome) for outcome in attributes if outcome]

@@ -11,7 +11,9 @@ from optuna.trial import TrialState
 
 from pipeline.bill import charge
 from pipeline.spec import Param, Params
+from sweeps.trial import Outcome
 
+_OUTCOME = "outcome"  # user attribute of a trial
 REDUCTION_FACTOR = 3  # of the trials at a rung one in so many goes on
 
 
@@ -42,8 +44,34 @@ def open_study(name: str, space: Mapping[str, Param], seed: int, folder: Path) -
     if n_trials == 0:
         study.enqueue_trial(_defaults(space))
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        study.tell(trial.number, state=TrialState.FAIL)
+        outcome = trial.user_attrs.get(_OUTCOME)
+        if outcome:  # its driver died between the two notes of it
+            _tell(study, trial.number, Outcome(**outcome))
+        else:
+            study.tell(trial.number, state=TrialState.FAIL)
     return study
+
+
+@charge("search")
+def tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
+    """Note how a trial ended. A fit that its grant ended early has a value all the same."""
+    trial.set_user_attr(_OUTCOME, outcome._asdict())
+    _tell(study, trial.number, outcome)
+
+
+def _tell(study: optuna.Study, number: int, outcome: Outcome) -> None:
+    if outcome.val_accuracy is None or outcome.state in ("failed", "killed"):
+        study.tell(number, state=TrialState.FAIL)
+    elif outcome.state == "pruned":
+        study.tell(number, state=TrialState.PRUNED)
+    else:
+        study.tell(number, outcome.val_accuracy)
+
+
+def past_outcomes(study: optuna.Study) -> list[Outcome]:
+    """Outcomes of a study's ended trials, as their drivers have noted them in it."""
+    attributes = [trial.user_attrs.get(_OUTCOME) for trial in study.get_trials(deepcopy=False)]
+    return [Outcome(**outcome) for outcome in attributes if outcome]
 
 
 def _sampler(seed: int, n_trials: int) -> optuna.samplers.BaseSampler:

@@ -100,7 +100,7 @@ def _nothing(outcomes: Sequence[Outcome], engine: Engine) -> UserError:
     failed = [outcome for outcome in outcomes if outcome.failure]
     if failed:
         return UserError(
-            f"a sweep needs a trial that ends well, but the first {len(outcomes)} did not, "
+            f"a sweep needs a trial that ends well, but none of {len(outcomes)} did, "
             f"the first with '{failed[0].error}': see traceback.txt of the child runs"
         )
     total, spent = engine.ledger.total / 60, engine.spent() / 60
@@ -239,7 +239,10 @@ def sweep(run: tracking.Run, ledger: Ledger, folder: Path, task: Task) -> None:
     with closing(Progress(task.model, ledger.total)) as show:
         engine = Engine(run, study, task, ledger, show)
         engine.recover()
-        outcomes = engine.search()
+        if not ledger.searched:
+            engine.search()
+            ledger.search_ends(engine.own())
+    outcomes = engine.outcomes
     winner = max(
         (outcome for outcome in outcomes if outcome.model_uri is not None),
         key=lambda outcome: outcome.val_accuracy or 0.0,

@@ -36,12 +36,20 @@ def test_a_command_brings_its_budget_once(tmp_path: Path) -> None:
     assert last_opening(_touched(path)) is None
     _ledger(path).close()
     # It was interrupted: typed again it goes on with the same budget, however often.
-    assert last_opening(path) == Opening("a", "run", ended=False)
+    assert last_opening(path) == Opening("a", "run")
     assert _reopened(path) == (100.0, 0.0)
     assert _reopened(path) == (100.0, 0.0)
+    # Its search came to its end, and then it was interrupted: there is none to go on with.
+    ledger = _ledger(path)
+    assert not ledger.searched
+    ledger.search_ends({})
+    ledger.close()
+    for _ in range(2):
+        with closing(_ledger(path)) as ledger:
+            assert ledger.searched
     # Another command brings more.
     ledger = _ledger(path, 50.0, "b")
-    assert ledger.total == 150.0
+    assert (ledger.total, ledger.searched) == (150.0, False)
     ledger.end({"search": 3.0})
     ledger.close()
     # It has ended: typed again it brings as much again.
