@@ -28,7 +28,9 @@ models.__path__ = [*models.__path__, str(HERE / "models")]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n_trials", type=int, default=1000)
-    n_trials = parser.parse_args().n_trials
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    given = parser.parse_args()
+    n_trials, results = given.n_trials, given.results.absolute()
     METER.loaded()
     rows: list[dict[str, float]] = []
     real_left, real_show = Engine.left, sweep.Progress.__call__
@@ -61,8 +63,8 @@ def main() -> None:
     rss = table["rss_mb"]
     print(f"driver: {rss[10]:.0f} MB at the tenth trial, {rss.iloc[-1]:.0f} MB at the last,")
     print(f"{peak_rss_mb():.0f} MB at most; {tracking.environment_tags()}")
-    (HERE / "results").mkdir(exist_ok=True)
-    table.iloc[:: max(1, n_trials // 100)].round(3).to_csv(HERE / "results" / "growth.csv")
+    results.mkdir(exist_ok=True)
+    table.iloc[:: max(1, n_trials // 100)].round(3).to_csv(results / "growth.csv")
 
 
 def _rss_mb() -> float:

@@ -158,6 +158,8 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     # Set before TensorFlow is imported: without it every start prints a page of remarks.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # Two lines at the end of each trial, where the store is a server.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     signal.signal(signal.SIGTERM, _terminate)
     METER.loaded()
     try:

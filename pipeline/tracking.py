@@ -194,9 +194,8 @@ class Run:
         """Show a model that another run logged as an output of this one too."""
         model_id = _model_id(model_uri)
         outputs = self.client.get_run(self.id).outputs
-        if model_id not in [
-            one.model_id for one in outputs.model_outputs
-        ]:  # MLflow refuses a second
+        known = [one.model_id for one in outputs.model_outputs] if outputs else []
+        if model_id not in known:  # else MLflow would refuse it
             self.client.log_outputs(self.id, [LoggedModelOutput(model_id, step=0)])
         self.tags({"model_uri": model_uri})
 
@@ -282,7 +281,7 @@ def connect() -> mlflow.MlflowClient:
         return mlflow.MlflowClient()
     # Two processes that make one store at once break it: MLflow has no lock for that.
     folder = Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite") else Path()
-    with _locked(folder):
+    with _locked(folder if folder.is_dir() else Path()):
         client = mlflow.MlflowClient()
         experiment_id(client)
     return client

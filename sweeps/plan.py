@@ -14,11 +14,11 @@ from mlflow.models import Model
 from pipeline import models, registry, tracking
 from pipeline.bill import METER
 from pipeline.spec import Dataset, Fitted, Part, UserError
-from pipeline.train import one_of_each
 from sweeps import search
 from sweeps.budget import GRANT_SHARE, RESERVE_CPU_SECONDS, own_cpu_seconds
 from sweeps.engine import Task, preload
 from sweeps.nursery import Message, Nursery
+from sweeps.trial import prepare as prepare  # the nursery calls it
 
 PLAN_CPU_SECONDS = 20.0  # all that a plan may spend, start-up included
 CLOSING_CPU_SECONDS = 1.5  # what it takes to end the nursery and to write the plan down
@@ -26,6 +26,7 @@ GRANTS = (5.0, 3.0)  # CPU-seconds to time the defaults, and each other set of h
 MAX_TIMED = 8  # sets of hyperparameters
 MAX_STEPS = 3  # of one fit: those that come later cost as much
 FIRST_SHARE = 0.02  # of the letters, for a first look at what a step costs
+CLOCK_SECONDS = 0.001  # what the process's clock can tell
 WRITING_CPU_SECONDS = 0.3  # a trial's run in MLflow, beside its model
 
 
@@ -71,7 +72,7 @@ def body(spec: Message, call: Callable[[Message], Message]) -> Message:
             break
         share = min(1.0, growth * share)
     later = statistics.mean(steps[1:]) if len(steps) > 1 else steps[0]
-    saving = _save(fitted, data)
+    saving = _save(fitted)
     extra = tracing + saving + WRITING_CPU_SECONDS
     return Timed(extra, steps[0] / share, later / share, fitted.n_steps)._asdict()
 
@@ -96,10 +97,11 @@ def _fit(spec: Message, parts: list[Part], whole: bool, limit: float) -> tuple[F
     with METER.charge("fit"):
         fit = registry.load(models, spec["model"]).fit
         fitted: Fitted = fit(spec["params"], *parts, spec["seed"], report)
-    return fitted, [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    steps = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    return fitted, [max(step, CLOCK_SECONDS) for step in steps]
 
 
-def _save(fitted: Fitted, data: Dataset) -> float:
+def _save(fitted: Fitted) -> float:
     """CPU-seconds that it takes to store a model."""
     before = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +109,6 @@ def _save(fitted: Fitted, data: Dataset) -> float:
             path=f"{folder}/model",
             mlflow_model=Model(),
             signature=tracking.SIGNATURE,
-            input_example=one_of_each(data.part("train")),
             pip_requirements=tracking.requirements(fitted.requirements),
         )
     return time.process_time() - before
@@ -119,7 +120,7 @@ def plan(task: Task, cpu_seconds: float, prepared: float) -> str:
     ``prepared`` CPU-seconds of this process went into the letters, which a sweep will find.
     """
     began = own_cpu_seconds() - prepared
-    timed, imported = _time(task, prepared)
+    timed, n_too_dear, imported = _time(task, prepared)
     start = began + imported
     grant, left = GRANT_SHARE * cpu_seconds, cpu_seconds - start - RESERVE_CPU_SECONDS
     baseline, others = timed[0], timed[1:] or timed
@@ -155,13 +156,19 @@ def plan(task: Task, cpu_seconds: float, prepared: float) -> str:
         + tracking.markdown(["", "trials", "steps each", "CPU-s each"], rows)
         + f"\n\nA step of the deck's model takes {baseline.later:.1f} CPU-s; of the further trials "
         f"{rungs}. Timed on {len(timed)} sets of hyperparameters in {spent:.0f} CPU-s."
+        + (f" {n_too_dear} more were too dear for that." if n_too_dear else "")
         + (f" Preparing the letters took {prepared:.0f} more, once." if prepared > 1 else "")
     )
 
 
-def _time(task: Task, prepared: float) -> tuple[list[Timed], float]:
-    """Costs of the first proposals of a study, the defaults first; and of loading the nursery."""
-    member, timed = registry.load(models, task.model), []
+def _time(task: Task, prepared: float) -> tuple[list[Timed], int, float]:
+    """Costs of the first proposals of a study, the defaults first.
+
+    Gives also how many were too dear to be timed, and the CPU-seconds of loading the nursery.
+    """
+    member = registry.load(models, task.model)
+    timed: list[Timed] = []
+    n_too_dear = 0
     with closing(Nursery("sweeps.plan:body", preload(member))) as nursery:
         for number, params in enumerate(search.proposals(member.PARAMS, task.seed, MAX_TIMED)):
             grant = GRANTS[min(number, 1)]
@@ -183,13 +190,15 @@ def _time(task: Task, prepared: float) -> tuple[list[Timed], float]:
                 timed.append(Timed(**end))
             elif number == 0:
                 break  # the defaults are the measure of all others
+            else:
+                n_too_dear += 1
         imported = nursery.imported
     if not timed:
         raise UserError(
             f"a plan must time a step of the deck's model in {PLAN_CPU_SECONDS:.0f} CPU-s, but "
             "that is too little here for so many letters: pass a smaller n_train"
         )
-    return timed, imported
+    return timed, n_too_dear, imported
 
 
 def _end(nursery: Nursery) -> Message:

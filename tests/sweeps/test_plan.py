@@ -39,7 +39,8 @@ def plan(options: dict[str, Any], cpu_minutes: float) -> tuple[int, str, float]:
         stderr=subprocess.STDOUT,
     )
     assert process.stdout is not None
-    out = process.stdout.read().decode()
+    with process.stdout as pipe:
+        out = pipe.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode, out, usage.ru_utime + usage.ru_stime
