@@ -27,11 +27,11 @@ class Server:
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        log = (self.folder / "server.log").open("ab")
         environment = {**os.environ, "MLFLOW_TRACKING_URI": ""}
-        self.process = subprocess.Popen(
-            self.command, stdout=log, stderr=log, start_new_session=True, env=environment
-        )
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=log, start_new_session=True, env=environment
+            )
         assert wait(self._answers, 90), (self.folder / "server.log").read_text()
 
     def stop(self) -> None:

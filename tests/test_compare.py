@@ -25,7 +25,7 @@ def store_with_sweeps(
     folder = tmp_path_factory.mktemp("swept")
     with pytest.MonkeyPatch.context() as patch, members(folder, patch) as add:
         open_store(fresh_store, folder, patch)
-        add(models, "toy", toy())
+        add(models, "toy", toy().replace("quality * step / 5", "quality * step / 9"))
         for model in ("knn", "toy"):
             data = {"dataset": "emnist_letters", "archive": archive, "n_train": N_TRAIN}
             minutes = (own_cpu_seconds() + 20) / 60
