@@ -170,7 +170,9 @@ def _time(task: Task, prepared: float) -> tuple[list[Timed], int, float]:
     timed: list[Timed] = []
     n_too_dear = 0
     with closing(Nursery("sweeps.plan:body", preload(member))) as nursery:
-        for number, params in enumerate(search.proposals(member.PARAMS, task.seed, MAX_TIMED)):
+        priors = getattr(member, "PRIORS", ())
+        proposals = search.proposals(member.PARAMS, task.seed, MAX_TIMED, priors)
+        for number, params in enumerate(proposals):
             grant = GRANTS[min(number, 1)]
             spent = own_cpu_seconds() - prepared + nursery.cpu_seconds()
             if spent + grant > PLAN_CPU_SECONDS - CLOSING_CPU_SECONDS:

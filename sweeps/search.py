@@ -1,7 +1,7 @@
 """Who proposes and who is stopped: the Optuna study of one model."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import optuna
@@ -18,8 +18,16 @@ REDUCTION_FACTOR = 3  # of the trials at a rung one in so many goes on
 
 
 @charge("search")
-def open_study(name: str, space: Mapping[str, Param], seed: int, folder: Path) -> optuna.Study:
+def open_study(
+    name: str,
+    space: Mapping[str, Param],
+    seed: int,
+    folder: Path,
+    priors: Sequence[Params] = (),
+) -> optuna.Study:
     """A study in ``folder``, new or continued, whose trial 0 is the defaults: its own baseline.
+
+    ``priors`` come next: hyperparameters that are known to serve well.
 
     TPE proposes. Successive halving stops: of the trials that reach steps 1, 3, 9, ... the best
     third goes on (Li et al. 2018, "A system for massively parallel hyperparameter tuning"). Trials
@@ -42,7 +50,8 @@ def open_study(name: str, space: Mapping[str, Param], seed: int, folder: Path) -
     n_trials = len(study.trials)
     study.sampler = _sampler(seed, n_trials)
     if n_trials == 0:
-        study.enqueue_trial(_defaults(space))
+        for params in [_defaults(space), *priors]:
+            study.enqueue_trial(params)
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         outcome = trial.user_attrs.get(_OUTCOME)
         if outcome:  # its driver died between the two notes of it
@@ -82,11 +91,14 @@ def _defaults(space: Mapping[str, Param]) -> Params:
     return {name: param.default for name, param in space.items()}
 
 
-def proposals(space: Mapping[str, Param], seed: int, n_trials: int) -> list[Params]:
+def proposals(
+    space: Mapping[str, Param], seed: int, n_trials: int, priors: Sequence[Params] = ()
+) -> list[Params]:
     """What a new study proposes first, before it has learned anything; the defaults first."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=_sampler(seed, 0), direction="maximize")
-    study.enqueue_trial(_defaults(space))
+    for params in [_defaults(space), *priors]:
+        study.enqueue_trial(params)
     distributions = {name: param.distribution for name, param in space.items()}
     return [study.ask(fixed_distributions=distributions).params for _ in range(n_trials)]
 

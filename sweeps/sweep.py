@@ -234,8 +234,9 @@ def write_plan(task: Task, budget: float) -> None:
 
 def sweep(run: tracking.Run, ledger: Ledger, folder: Path, task: Task) -> None:
     """Search and close; the study lies in ``folder``, whose name is its name."""
-    space = registry.load(models, task.model).PARAMS
-    study = search.open_study(folder.name, space, task.seed, folder)
+    member = registry.load(models, task.model)
+    priors = getattr(member, "PRIORS", ())
+    study = search.open_study(folder.name, member.PARAMS, task.seed, folder, priors)
     with closing(Progress(task.model, ledger.total)) as show:
         engine = Engine(run, study, task, ledger, show)
         engine.recover()

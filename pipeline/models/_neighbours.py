@@ -12,60 +12,112 @@ import numpy.typing as npt
 from mlflow.pyfunc.model import PythonModel
 from scipy.ndimage import gaussian_filter
 from sklearn.decomposition import PCA
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.neighbors import NearestNeighbors
 
 Floats = npt.NDArray[np.float32]
+Images = npt.NDArray[np.uint8]  # (n, 28, 28)
+Labels = npt.NDArray[np.uint8]  # (n,)
 N_LETTERS = 26
+AXIS = np.arange(28, dtype=np.float32)  # of rows and of columns
+N_DIRECTIONS, N_CELLS = 8, 9  # of the gradient histograms; cells along each side
+PART = 500  # letters
+POWERS = {"uniform": 0, "distance": 1, "squared": 2}  # a vote is 1 / distance^power
 
 
 class Embedding:
     """From letters (n, 28, 28) uint8 to vectors (n, d) float32.
 
-    ``axes`` (d, 784) are PCA's, none without it; distances need no centring, so there is no mean.
+    ``axes`` (d, n_features) are PCA's or LDA's, none without them; distances need no centring, so
+    there is no mean.
     """
 
     def __init__(self, params: dict[str, Any], axes: Floats) -> None:
         self.params, self.axes = params, axes
 
     @classmethod
-    def fit(cls, params: dict[str, Any], images: npt.NDArray[np.uint8]) -> "Embedding":
-        """Find the axes of the training letters."""
-        embed = cls(params, np.empty((0, images[0].size), np.float32))
-        if n_components := params["n_components"]:
-            pixels = embed(images)
-            pca = PCA(min(n_components, *pixels.shape), random_state=0).fit(pixels)
+    def fit(
+        cls, params: dict[str, Any], letters: Images, labels: Labels
+    ) -> tuple["Embedding", Floats]:
+        """Find the axes of the training letters; gives their vectors too."""
+        embed = cls(params, np.empty((0, 0), np.float32))
+        features = embed.features(letters)
+        if shrinkage := params["lda_shrinkage"]:
+            lda = LinearDiscriminantAnalysis(solver="eigen", shrinkage=shrinkage)
+            lda.fit(features, labels)
+            n_axes = min(len(lda.classes_) - 1, features.shape[1])
+            embed.axes = np.ascontiguousarray(lda.scalings_[:, :n_axes].T, np.float32)
+        elif n_components := params["n_components"]:
+            pca = PCA(min(n_components, *features.shape), random_state=0).fit(features)
             embed.axes = pca.components_.astype(np.float32)
-        return embed
+        return embed, embed.project(features)
 
-    def __call__(self, images: npt.NDArray[np.uint8]) -> Floats:
-        pixels = self._pixels(images)  # (n, 784)
-        return pixels @ self.axes.T if len(self.axes) else pixels
+    def __call__(self, letters: Images) -> Floats:
+        return self.project(self.features(letters))
 
-    def _pixels(self, images: npt.NDArray[np.uint8]) -> Floats:
-        pixels: Floats = np.asarray(images, dtype=np.float32) / np.float32(255)
+    def project(self, features: Floats) -> Floats:
+        """Features (n, n_features) on the axes (n, d)."""
+        return features @ self.axes.T if len(self.axes) else features
+
+    def features(self, letters: Images) -> Floats:
+        """What the axes see: pixels (n, 784), or gradient histograms (n, 648)."""
+        # By parts that stay in the processor's cache: half the time.
+        parts = [self._features(letters[i : i + PART]) for i in range(0, len(letters), PART)]
+        return np.concatenate(parts)
+
+    def _features(self, letters: Images) -> Floats:
+        pixels: Floats = np.asarray(letters, dtype=np.float32) / np.float32(255)
         if self.params["deskew"]:
-            pixels = deskew(pixels)
+            pixels = straighten(pixels, self.params["spread"])
         if sigma := self.params["blur"]:
             pixels = gaussian_filter(pixels, sigma, axes=(1, 2))
+        if self.params["features"] == "gradients":
+            return gradient_histograms(pixels)
         return pixels.reshape(len(pixels), -1)
 
 
-def deskew(images: Floats) -> Floats:
-    """Shear every letter (n, 28, 28) sideways until its second moments say that it is upright."""
-    side = images.shape[1]
-    axis = np.arange(side, dtype=np.float32)
-    mass = images.sum(axis=(1, 2)) + 1e-6  # (n,)
-    x = (images.sum(axis=1) @ axis / mass)[:, None]  # (n, 1), centre of ink
-    y = (images.sum(axis=2) @ axis / mass)[:, None]
-    rows = axis - y  # (n, 28), distance of each row from the centre
-    covariance = np.einsum("nij,ni,nj->n", images, rows, axis - x, optimize=True) / mass
-    variance = np.einsum("nij,ni->n", images, rows**2, optimize=True) / mass + 1e-6
-    shift = (covariance / variance)[:, None] * rows  # (n, 28), pixels to the left, by row
-    source = axis + shift[:, :, None]  # (n, 28, 28), where each pixel comes from
-    left = np.floor(source).astype(np.int64)
-    share = (source - left).astype(np.float32)
-    straight: Floats = (1 - share) * _take(images, left) + share * _take(images, left + 1)
-    return straight
+def straighten(images: Floats, spread: float) -> Floats:
+    """Shear letters (n, 28, 28) sideways until they are upright, and centre their ink.
+
+    Upright is a letter whose second mixed moment is 0. With a ``spread`` above 0, in pixels, each
+    is also scaled until its ink has that standard deviation along rows and along columns.
+    """
+    middle = (images.shape[1] - 1) / 2
+    x, _, _, slant = _moments(images)
+    y, rows, _, _ = _moments(images.transpose(0, 2, 1))
+    shear = slant / (rows**2)
+    columns = (
+        AXIS + (x - middle)[:, None, None] + (shear[:, None] * (AXIS - y[:, None]))[:, :, None]
+    )
+    upright = _resample(images, columns)
+    width = _moments(upright)[1] / spread if spread else np.ones(len(images), np.float32)
+    height = rows / spread if spread else width
+    flat = upright.transpose(0, 2, 1)
+    flat = _resample(flat, (y[:, None] + height[:, None] * (AXIS - middle))[:, None, :])
+    upright = flat.transpose(0, 2, 1)
+    if spread:
+        upright = _resample(upright, (middle + width[:, None] * (AXIS - middle))[:, None, :])
+    return upright
+
+
+def _moments(images: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    """Of the ink (n, 28, 28): mean column (n,), its deviation, mass, covariance with the rows."""
+    mass = images.sum(axis=(1, 2)) + 1e-6
+    columns, rows = images.sum(axis=1), images.sum(axis=2)  # (n, 28)
+    x, y = columns @ AXIS / mass, rows @ AXIS / mass
+    deviation = np.sqrt((columns * (AXIS - x[:, None]) ** 2).sum(axis=1) / mass + 1e-6)
+    by_row = np.einsum("nij,nj->ni", images, AXIS - x[:, None], optimize=True)
+    covariance = (by_row * (AXIS - y[:, None])).sum(axis=1) / mass
+    return x, deviation, mass, covariance
+
+
+def _resample(images: Floats, columns: Floats) -> Floats:
+    """Pixels at the fractional ``columns`` of each row, linearly interpolated; 0 outside."""
+    columns = np.broadcast_to(columns, images.shape)
+    left = np.floor(columns).astype(np.int64)
+    share = (columns - left).astype(np.float32)
+    resampled: Floats = (1 - share) * _take(images, left) + share * _take(images, left + 1)
+    return resampled
 
 
 def _take(images: Floats, columns: npt.NDArray[np.int64]) -> Floats:
@@ -74,6 +126,31 @@ def _take(images: Floats, columns: npt.NDArray[np.int64]) -> Floats:
     taken = np.take_along_axis(images, columns.clip(0, side - 1), axis=2)
     inside: Floats = taken * ((columns >= 0) & (columns < side))
     return inside
+
+
+def gradient_histograms(images: Floats) -> Floats:
+    """Strength of the ink's edges by place and direction: (n, 28, 28) to (n, 8 * 9 * 9), length 1.
+
+    Histograms of oriented gradients (Dalal and Triggs 2005) on overlapping cells; an edge counts to
+    the two nearest directions and cells. The root keeps strong edges from outvoting the others.
+    """
+    dy, dx = np.gradient(images, axis=(1, 2))
+    strength = np.hypot(dx, dy)
+    direction = np.arctan2(dy, dx) * np.float32(N_DIRECTIONS / (2 * np.pi))
+    centres = np.linspace(0, images.shape[1] - 1, N_CELLS, dtype=np.float32)
+    cells = np.maximum(
+        0, 1 - np.abs(AXIS - centres[:, None]) / (centres[1] - centres[0])
+    )  # (9, 28)
+    half = N_DIRECTIONS / 2
+    by_direction = [
+        cells
+        @ (np.maximum(0, 1 - np.abs((direction - i + half) % N_DIRECTIONS - half)) * strength)
+        @ cells.T
+        for i in range(N_DIRECTIONS)
+    ]
+    found = np.sqrt(np.stack(by_direction, axis=1).reshape(len(images), -1))
+    histograms: Floats = found / (np.linalg.norm(found, axis=1, keepdims=True) + 1e-6)
+    return histograms.astype(np.float32)
 
 
 class Neighbours:
@@ -95,10 +172,8 @@ class Neighbours:
         self.labels = np.take_along_axis(labels, nearest, axis=1)
 
     def vote(self, weights: str) -> Floats:
-        """Share of the votes for each letter, (n, 26) float32; weights: uniform or distance."""
-        votes = np.ones_like(self.distances)
-        if weights == "distance":
-            votes = 1 / np.maximum(self.distances, 1e-6)
+        """Share of the votes for each letter, (n, 26) float32; weights are those of ``POWERS``."""
+        votes = 1 / np.maximum(self.distances, 1e-6) ** POWERS[weights]
         table = np.zeros((len(votes), N_LETTERS))
         np.add.at(table, (np.arange(len(votes))[:, None], self.labels), votes)
         shares: Floats = (table / table.sum(axis=1, keepdims=True)).astype(np.float32)
@@ -106,14 +181,14 @@ class Neighbours:
 
 
 class ServedNeighbours(PythonModel):
-    """What MLflow loads: the training letters are embedded anew, and searched at every call."""
+    """What MLflow loads: the training letters' vectors, searched at every call."""
 
     def load_context(self, context: Any) -> None:
         self.params = context.model_config
         with np.load(context.artifacts["letters"]) as letters:
-            images, self.labels, axes = (letters[name] for name in ("images", "labels", "axes"))
+            seen, self.labels, axes = (letters[name] for name in ("seen", "labels", "axes"))
         self.embed = Embedding(self.params, axes)
-        self.vectors = self.embed(images)
+        self.vectors = seen if seen.dtype == np.float32 else self.embed(seen)
 
     # MLflow reads this type hint: for another one it would make a schema beside the signature.
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> Floats:

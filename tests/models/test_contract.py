@@ -72,6 +72,15 @@ def stopped(model: str, parts: dict[str, Part]) -> Fit:
     return fit(model, parts, last_step=1)
 
 
+def test_priors_lie_in_their_distributions(model: str) -> None:
+    module = registry.load(models, model)
+    for prior in getattr(module, "PRIORS", ()):
+        typed = {name: str(value) for name, value in prior.items()}
+        # Law: a prior names every hyperparameter, with a value that the command line accepts too.
+        assert set(prior) == set(module.PARAMS)
+        assert cli.hyperparameters(model, module.PARAMS, typed) == prior
+
+
 def test_defaults_lie_in_their_distributions(model: str) -> None:
     space = registry.load(models, model).PARAMS
     defaults = {name: param.default for name, param in space.items()}

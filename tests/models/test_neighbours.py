@@ -8,11 +8,24 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from pipeline.models import knn
-from pipeline.models._neighbours import Embedding, Floats, Neighbours, deskew
+from pipeline.models._neighbours import (
+    Embedding,
+    Floats,
+    Neighbours,
+    gradient_histograms,
+    straighten,
+)
 from pipeline.spec import Part
 from pipeline.tracking import SIGNATURE
 
-PLAIN = {"deskew": False, "blur": 0.0, "n_components": 0}
+PLAIN = {
+    "deskew": False,
+    "spread": 0.0,
+    "blur": 0.0,
+    "features": "pixels",
+    "n_components": 0,
+    "lda_shrinkage": 0.0,
+}
 LABELS = (np.arange(208) % 26).astype(np.uint8)
 RNG = np.random.default_rng(0)
 VECTORS = RNG.random((len(LABELS), 6), np.float32)
@@ -28,7 +41,7 @@ def search(k: int, *bounds: int) -> Neighbours:
     return neighbours
 
 
-@pytest.mark.parametrize("weights", ["uniform", "distance"])
+@pytest.mark.parametrize("weights", ["uniform", "distance", "squared"])
 @pytest.mark.parametrize("k", [1, 5, 25])
 def test_chunks_and_votes(k: int, weights: str) -> None:
     whole = search(k)
@@ -37,7 +50,8 @@ def test_chunks_and_votes(k: int, weights: str) -> None:
     np.testing.assert_allclose(chunked.distances, whole.distances, rtol=1e-5)
     np.testing.assert_array_equal(chunked.labels, whole.labels)
     # Law: the votes are those of scikit-learn's classifier.
-    peer = KNeighborsClassifier(k, weights=weights).fit(VECTORS, LABELS)
+    given = (lambda distances: distances**-2.0) if weights == "squared" else weights
+    peer = KNeighborsClassifier(k, weights=given).fit(VECTORS, LABELS)
     for neighbours in (whole, chunked):
         assert neighbours.vote(weights).dtype == np.float32
         np.testing.assert_allclose(neighbours.vote(weights), peer.predict_proba(QUERIES), atol=1e-5)
@@ -64,41 +78,98 @@ def covariance(image: Floats) -> float:
     return float(np.cov(x.ravel(), y.ravel(), aweights=image.ravel(), ddof=0)[0, 1])
 
 
-@pytest.mark.parametrize("slope", [-0.6, -0.1, 0.3, 0.6])
-def test_deskew_sets_upright(slope: float) -> None:
+@pytest.mark.parametrize("slope", [-0.6, -0.1, 0.0, 0.3, 0.6])
+def test_letters_are_set_upright_and_centred(slope: float) -> None:
     slanted = bar(slope)
-    straight = deskew(slanted)
-    # Law: a letter's rows and columns are correlated before, and no more after.
-    assert abs(covariance(slanted[0])) > 2
-    assert abs(covariance(straight[0])) < 0.01
+    straight = straighten(slanted, spread=0.0)
+    # Law: rows and columns of the ink are correlated no more, and its mean is the middle.
+    assert abs(covariance(straight[0])) < 0.1
+    np.testing.assert_allclose(_mean(straight[0]), (13.5, 13.5), atol=0.05)
     # Law: the ink is moved, none of it lost.
     assert straight.sum() == pytest.approx(slanted.sum(), rel=0.02)
 
 
-def test_deskew_leaves_alone() -> None:
-    upright, empty = bar(0), np.zeros((1, 28, 28), np.float32)
-    both = deskew(np.concatenate([upright, empty]))
-    # Law: what is upright stays as it is, and what is empty stays empty.
-    np.testing.assert_allclose(both[:1], upright, atol=1e-4)
-    np.testing.assert_array_equal(both[1:], empty)
+@pytest.mark.parametrize("spread", [4.0, 6.0])
+def test_letters_are_scaled_to_a_spread(spread: float) -> None:
+    straight = straighten(bar(0.3), spread)[0]
+    y, x = np.mgrid[:28, :28]
+    for axis in (x, y):
+        variance = np.cov(axis.ravel(), aweights=straight.ravel(), ddof=0)
+        # Interpolation widens a stroke that was narrow.
+        assert np.sqrt(variance) == pytest.approx(spread, rel=0.1)
 
 
-@pytest.mark.parametrize(("n_components", "n_columns"), [(0, 784), (20, 20), (100, 60)])
-@pytest.mark.parametrize("change", [{}, {"deskew": True}, {"blur": 0.75}])
-def test_embedding(n_components: int, n_columns: int, change: dict[str, float]) -> None:
-    embed = Embedding.fit(PLAIN | change | {"n_components": n_components}, IMAGES)
-    vectors = embed(IMAGES)
-    # Law: as many columns as components, at most as many as letters; without PCA all the pixels.
+@pytest.mark.parametrize("spread", [0.0, 6.0])
+def test_what_is_empty_stays_empty(spread: float) -> None:
+    empty = np.zeros((1, 28, 28), np.float32)
+    np.testing.assert_array_equal(straighten(empty, spread), empty)
+
+
+def _mean(image: Floats) -> tuple[float, float]:
+    y, x = np.mgrid[:28, :28]
+    return tuple(float(np.average(axis, weights=image)) for axis in (x, y))
+
+
+def test_gradients_of_a_letter_on_its_head() -> None:
+    letters = RNG.random((5, 28, 28), np.float32)
+    upright, head = (
+        gradient_histograms(images).reshape(5, 8, 9, 9)
+        for images in (letters, letters[:, ::-1, ::-1])
+    )
+    # Law: each edge is found in the opposite cell, in the opposite direction.
+    np.testing.assert_allclose(head, np.roll(upright, 4, axis=1)[:, :, ::-1, ::-1], atol=1e-5)
+    # Law: histograms have length 1, and an empty letter has none.
+    np.testing.assert_allclose((upright**2).sum(axis=(1, 2, 3)), 1, atol=1e-5)
+    assert not gradient_histograms(np.zeros((1, 28, 28), np.float32)).any()
+
+
+def test_gradients_point_to_the_ink() -> None:
+    ramp = np.broadcast_to(np.arange(28, dtype=np.float32), (1, 28, 28))  # darker to the right
+    histograms = gradient_histograms(ramp).reshape(8, 9, 9)
+    # Law: the first direction is that of the columns, and nothing counts to another.
+    assert (histograms[0] > 0).all()
+    assert not histograms[1:].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "n_columns"),
+    [
+        ({}, 784),
+        ({"n_components": 20}, 20),
+        ({"n_components": 100}, 60),
+        ({"deskew": True, "n_components": 20}, 20),
+        ({"deskew": True, "spread": 6.0, "blur": 0.75}, 784),
+        ({"features": "gradients"}, 648),
+        ({"features": "gradients", "n_components": 20}, 20),
+        ({"features": "gradients", "lda_shrinkage": 0.3}, 25),
+        ({"lda_shrinkage": 0.3, "n_components": 20}, 25),  # then PCA is not needed
+    ],
+)
+def test_embedding(change: dict[str, object], n_columns: int) -> None:
+    embed, vectors = Embedding.fit(PLAIN | change, IMAGES, LABELS[: len(IMAGES)])
+    # Law: as many columns as components, at most as many as letters; without axes all features.
     assert vectors.shape == (60, n_columns)
     assert vectors.dtype == np.float32
     # Law: a letter's vector does not depend on the letters beside it.
+    np.testing.assert_allclose(embed(IMAGES), vectors, atol=1e-4)
     np.testing.assert_allclose(embed(IMAGES[7:8]), vectors[7:8], atol=1e-4)
 
 
-@pytest.mark.parametrize("n_components", [0, 20])
-def test_a_stopped_fit_serves_what_it_predicts(n_components: int, tmp_path: Path) -> None:
+def test_lda_brings_letters_of_a_kind_together() -> None:
+    kinds = RNG.integers(0, 256, (26, 28, 28))
+    noisy = np.clip(kinds[LABELS] + RNG.normal(0, 60, (len(LABELS), 28, 28)), 0, 255)
+    images = noisy.astype(np.uint8)
+    _, vectors = Embedding.fit(PLAIN | {"lda_shrinkage": 0.5}, images, LABELS)
+    distances = np.linalg.norm(vectors[:, None] - vectors, axis=2)
+    same = LABELS[:, None] == LABELS
+    # Law: the farthest of the same kind is nearer than the nearest of another.
+    assert distances[same].max() < distances[~same].min()
+
+
+@pytest.mark.parametrize("change", [{}, {"n_components": 20}, knn.PRIORS[0]])
+def test_a_stopped_fit_serves_what_it_predicts(change: dict[str, object], tmp_path: Path) -> None:
     letters = Part(IMAGES, LABELS[: len(IMAGES)])
-    params = PLAIN | {"n_neighbors": 5, "weights": "distance", "n_components": n_components}
+    params = PLAIN | {"n_neighbors": 5, "weights": "distance"} | change
     fitted = knn.fit(params, letters, letters, 0, lambda step, val_accuracy: step == 5)
     fitted.save_model(
         path=str(tmp_path / "model"),

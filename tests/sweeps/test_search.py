@@ -25,6 +25,14 @@ def test_trial_0_is_the_defaults(tmp_path: Path) -> None:
     assert _proposals(tmp_path, "a", seed=0, n_trials=1) == [{"depth": 2, "rate": 0.1}]
 
 
+def test_priors_come_next(tmp_path: Path) -> None:
+    prior = {"depth": 7, "rate": 0.5}
+    study = search.open_study("a", SPACE, 0, tmp_path, [prior])
+    asked = [study.ask(fixed_distributions=DISTRIBUTIONS).params for _ in range(2)]
+    assert asked == [{"depth": 2, "rate": 0.1}, prior]
+    assert search.proposals(SPACE, 0, 2, [prior]) == asked
+
+
 def test_the_seed_decides_what_is_proposed(tmp_path: Path) -> None:
     first = _proposals(tmp_path, "a", seed=0)
     assert _proposals(tmp_path, "b", seed=0) == first
