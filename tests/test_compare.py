@@ -66,7 +66,8 @@ def test_evaluate_measures_the_logged_model_on_test(
     # The accuracy is that of the served model, inside of its interval.
     metrics = run.data.metrics
     assert metrics["test_accuracy"] == np.mean(guess.argmax(axis=1) == test.labels)
-    assert metrics["test_accuracy_low"] < metrics["test_accuracy"] < metrics["test_accuracy_high"]
+    low, high = metrics["test_accuracy_low"], metrics["test_accuracy_high"]
+    assert low < metrics["test_accuracy"] <= high  # they meet where all letters are right
     assert metrics["test_top2_accuracy"] >= metrics["test_accuracy"]
     assert {"test_calibration_error", "predict_us_per_letter", "model_mb"} <= set(metrics)
     figures = {"confusion_matrix.png", "calibration.png", "mistakes.png"}
