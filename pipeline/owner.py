@@ -33,15 +33,20 @@ def is_dead(owner: str) -> bool:
     return seen and _began(pid) != began
 
 
+def stat(pid: int | str) -> list[str]:
+    """The kernel's fields of a process, from its state on; empty where it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return text.rpartition(")")[2].split()  # before that comes its name, which may hold spaces
+
+
 def _boot() -> str:
     return _BOOT.read_text().strip()
 
 
 def _began(pid: str = "self") -> str:
     """Clock ticks from boot to the start of a process; empty where it is gone."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-    fields = stat.rpartition(")")[2].split()  # from the state on: the name may hold spaces
-    return "" if fields[0] == "Z" else fields[19]
+    fields = stat(pid)
+    return fields[19] if fields and fields[0] != "Z" else ""

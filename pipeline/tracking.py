@@ -307,10 +307,10 @@ def experiment_id(client: mlflow.MlflowClient) -> str:
         return str(found.experiment_id)
     try:
         return str(client.create_experiment(name))
-    except mlflow.MlflowException as error:  # another process was faster
+    except mlflow.MlflowException:  # another process was faster
         if found := client.get_experiment_by_name(name):
             return str(found.experiment_id)
-        raise error
+        raise
 
 
 def dataset_tags(data: Dataset) -> dict[str, str]:

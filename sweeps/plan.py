@@ -187,7 +187,10 @@ def _time(task: Task, prepared: float) -> tuple[list[Timed], int, float]:
             nursery.start(number, spec, grant)
             end = _end(nursery)
             if error := end.get("error"):
-                raise UserError(f"a plan times fits, but {params} failed with '{error}'")
+                raise UserError(
+                    f"a plan times fits, but {params} failed with '{error}': mend the model, "
+                    "or sweep without plan=true, which outlives a trial that fails"
+                )
             if "step" in end:
                 timed.append(Timed(**end))
             elif number == 0:

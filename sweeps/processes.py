@@ -7,6 +7,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from pipeline import owner
+
 _TICK = os.sysconf("SC_CLK_TCK")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _GONE = (FileNotFoundError, ProcessLookupError)
@@ -23,20 +25,14 @@ def usable_cores() -> int:
 
 def cpu_seconds(pid: int) -> float:
     """User and system time of a process and of its ended children; 0 where it is gone."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except _GONE:
-        return 0.0
-    fields = stat.rpartition(")")[2].split()  # from the state on: the name may hold spaces
+    fields = owner.stat(pid)
     return sum(map(int, fields[11:15])) / _TICK
 
 
 def parent(pid: int) -> int:
     """The parent of a process; 0 where it is gone."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except _GONE:
-        return 0
+    fields = owner.stat(pid)
+    return int(fields[1]) if fields else 0
 
 
 def launchers() -> tuple[int, ...]:

@@ -83,8 +83,8 @@ def straighten(images: Floats, spread: float) -> Floats:
     is also scaled until its ink has that standard deviation along rows and along columns.
     """
     middle = (images.shape[1] - 1) / 2
-    x, _, _, slant = _moments(images)
-    y, rows, _, _ = _moments(images.transpose(0, 2, 1))
+    x, _, slant = _moments(images)
+    y, rows, _ = _moments(images.transpose(0, 2, 1))
     shear = slant / (rows**2)
     columns = (
         AXIS + (x - middle)[:, None, None] + (shear[:, None] * (AXIS - y[:, None]))[:, :, None]
@@ -100,15 +100,15 @@ def straighten(images: Floats, spread: float) -> Floats:
     return upright
 
 
-def _moments(images: Floats) -> tuple[Floats, Floats, Floats, Floats]:
-    """Of the ink (n, 28, 28): mean column (n,), its deviation, mass, covariance with the rows."""
+def _moments(images: Floats) -> tuple[Floats, Floats, Floats]:
+    """Of the ink (n, 28, 28): mean column, its deviation, covariance with the rows; each (n,)."""
     mass = images.sum(axis=(1, 2)) + 1e-6
     columns, rows = images.sum(axis=1), images.sum(axis=2)  # (n, 28)
     x, y = columns @ AXIS / mass, rows @ AXIS / mass
     deviation = np.sqrt((columns * (AXIS - x[:, None]) ** 2).sum(axis=1) / mass + 1e-6)
     by_row = np.einsum("nij,nj->ni", images, AXIS - x[:, None], optimize=True)
     covariance = (by_row * (AXIS - y[:, None])).sum(axis=1) / mass
-    return x, deviation, mass, covariance
+    return x, deviation, covariance
 
 
 def _resample(images: Floats, columns: Floats) -> Floats:
