@@ -40,9 +40,11 @@ SPACE: dict[str, tuple[Any, ...]] = {
 def configurations() -> list[Params]:
     """Small CNNs, drawn once for all ways."""
     rng = np.random.default_rng(0)
+    deck = {name: param.default for name, param in cnn.PARAMS.items()}
     return [
-        {name: choices[rng.integers(len(choices))] for name, choices in SPACE.items()}
-        | {"learning_rate": 1e-3, "epochs": 1}
+        deck
+        | {name: choices[rng.integers(len(choices))] for name, choices in SPACE.items()}
+        | {"epochs": 1}
         for _ in range(N_TRIALS)
     ]
 
@@ -62,6 +64,7 @@ def usual(data: Dataset) -> None:
 
     mlflow.keras.autolog(log_models=False)
     train, val = data.part("train"), data.part("val")
+    deck = {name: param.default for name, param in cnn.PARAMS.items()}
 
     def objective(trial: optuna.Trial) -> float:
         keras.utils.clear_session()
@@ -74,7 +77,7 @@ def usual(data: Dataset) -> None:
                 "batch_size": trial.suggest_categorical("batch_size", [32, 64, 128, 256]),
             }
             mlflow.log_params({f"trial_{name}": value for name, value in params.items()})
-            net = cnn.build(params)
+            net = cnn.build(deck | params)
             net.compile(
                 optimizer=keras.optimizers.Adam(learning_rate=1e-3),
                 loss="sparse_categorical_crossentropy",
@@ -100,8 +103,6 @@ def usual(data: Dataset) -> None:
 
 
 def sweep(data: Dataset) -> None:
-    from optuna.trial import TrialState
-
     from pipeline.bill import METER
     from sweeps import processes, search
     from sweeps import sweep as step
@@ -120,12 +121,10 @@ def sweep(data: Dataset) -> None:
         tracking.start("sweep") as run,
         closing(Ledger(folder / "ledger.jsonl", 3600.0, "", run.id)) as ledger,
     ):
-        study = search.open_study(folder.name, cnn.PARAMS, 0, folder)
-        study.ask(fixed_distributions={})  # the deck's model stands first in the queue
-        study.tell(0, state=TrialState.FAIL)
+        study = search.open_study(folder.name, 0, folder, cnn.STEPS)
         for params in configurations():
             study.enqueue_trial(params)
-        task = Task("cnn", data, 0, processes.usable_cores(), launched=False)
+        task = Task("cnn", data, 0, processes.usable_cores(), launched=False, precision="float32")
         step.sweep(run, ledger, folder, task)
 
 

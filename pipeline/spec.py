@@ -6,7 +6,7 @@ sets of letters of a data set; which step may read which part is said in ``PARTS
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,9 +122,11 @@ class Fitted:
             path, mlflow_model, signature, input_example, pip_requirements.
         n_steps: steps of a whole fit, which is more than were done where ``report`` stopped it.
         requirements: distributions that the logged model needs; versions come from the lock.
+        found: hyperparameters that were left to the fit, as it has found them.
     """
 
     predict: Callable[[Images], Probabilities]
     save_model: Callable[..., None]
     requirements: tuple[str, ...]
     n_steps: int
+    found: Params = field(default_factory=dict)

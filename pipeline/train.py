@@ -6,22 +6,23 @@ mlflow run . -e train -P model=cnn -P learning_rate=0.002
 import resource
 import sys
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline import cli, models, plots, prep, registry, tracking
+from pipeline import cli, models, plots, precision, prep, registry, tracking
 from pipeline.bill import METER, charge, completed, metrics
 from pipeline.spec import LETTERS, Dataset, Images, Params, Part, Report
 
-OPTIONS = prep.OPTIONS | {"model": cli.text, "seed": cli.seed}
+OPTIONS = prep.OPTIONS | {"model": cli.text, "seed": cli.seed, "precision": precision.option}
 
 
 class Trained(NamedTuple):
     """What a fit left behind; ``val_accuracy`` and ``step`` are those of the logged model.
 
-    ``costs`` has wall_seconds, peak_rss_mb and model_mb.
+    ``costs`` has wall_seconds, peak_rss_mb and model_mb; ``found`` are hyperparameters that were
+    left to the fit.
     """
 
     val_accuracy: float
@@ -29,6 +30,7 @@ class Trained(NamedTuple):
     whole: bool  # no step was left to do
     model_uri: str
     costs: dict[str, float]
+    found: Params
 
 
 def train(
@@ -60,7 +62,12 @@ def train(
         "peak_rss_mb": peak_rss_mb(),
         "model_mb": logged.mb,
     }
-    return Trained(curve[last], last, last == fitted.n_steps, logged.uri, costs)
+    return Trained(curve[last], last, last == fitted.n_steps, logged.uri, costs, fitted.found)
+
+
+def found(params: Mapping[str, Any]) -> Params:
+    """Hyperparameters that a fit has found, as the params of its run."""
+    return {f"found_{name}": value for name, value in params.items()}
 
 
 def peak_rss_mb() -> float:
@@ -77,7 +84,9 @@ def one_of_each(part: Part) -> Images:
 def main(argv: Sequence[str]) -> None:
     options, given = cli.parse("train", argv, OPTIONS)
     model, seed = options.pop("model"), options.pop("seed")
-    params = cli.hyperparameters(model, registry.load(models, model).PARAMS, given)
+    wanted, space = options.pop("precision"), registry.load(models, model).PARAMS
+    precision.check(wanted, model, space)
+    params = cli.hyperparameters(model, space, given)
     curve: list[tracking.Point] = []
 
     def report(step: int, val_accuracy: float) -> bool:
@@ -89,19 +98,25 @@ def main(argv: Sequence[str]) -> None:
     with tracking.start("train") as run:
         data = prep.ensure(**options)
         run.use_dataset(data, "train")
+        if precision.HYPERPARAMETER not in given:
+            params |= precision.params(precision.resolve(wanted, space), space)
+        run.tags({"precision": precision.of(params)})
         run.params(params | {"model": model, "seed": seed})
         result = train(run, model, params, data, seed, report)
         bill = metrics(completed(METER.seconds(), time.process_time()))
         costs = tracking.Point(result.step, time.time(), bill | result.costs)
         curve[-1] = curve[-1]._replace(model_uri=result.model_uri)
         run.write([*curve, costs], tags={"model": model, "model_uri": result.model_uri})
+        run.params(found(result.found))
         run.name(f"{model} · {result.val_accuracy:.1%}")
         title = f"{model} on {data.title}"
         accuracies = {point.step: point.values["val_accuracy"] for point in curve}
         run.figure("learning_curve.png", plots.learning_curve(accuracies, title))
         example = one_of_each(data.part("train"))
         run.figure("input_example.png", plots.letters(example, list(LETTERS), data.title))
-        table = tracking.markdown(["hyperparameter", "value"], list(params.items()))
+        table = tracking.markdown(
+            ["hyperparameter", "value"], list((params | result.found).items())
+        )
         run.describe(
             f"**{title}**: {result.val_accuracy:.2%} on val after step {result.step}\n\n{table}"
         )

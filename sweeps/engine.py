@@ -10,17 +10,20 @@ import optuna
 from mlflow.entities import Run as RunEntity
 from optuna.trial import TrialState
 
-from pipeline import models, registry, tracking
+from pipeline import models, precision, registry, tracking
 from pipeline.bill import METER, added, charge, completed, metrics
 from pipeline.spec import Dataset, Params
+from pipeline.train import found
 from sweeps import processes, search
-from sweeps.budget import GRANT_SHARE, RESERVE_CPU_SECONDS, Ledger, own_cpu_seconds
+from sweeps.budget import RESERVE_CPU_SECONDS, Ledger, own_cpu_seconds
 from sweeps.nursery import Message, Nursery
+from sweeps.phases import Phases, Proposal
 from sweeps.trial import STATUS, Outcome, Referee
 
 MAX_FAILURES = 3  # a sweep whose first trials all fail has one cause
 LOGGING_CPU_SECONDS = 2.0  # after a trial's last step, before one has shown what it takes
 BEAT_SECONDS = 0.5
+PROBE, PROBE_CPU_SECONDS = -1, 5.0  # number and grant of the fork that tries a precision
 MAX_NURSERIES = 3  # a nursery that dies again and again is killed by something
 
 # What MLflow imports when it first writes: 1 CPU-second, once for all trials.
@@ -44,6 +47,7 @@ class Task(NamedTuple):
     Attributes:
         workers: trials side by side.
         launched: by ``mlflow run``; then the sweep ends where that process ends.
+        precision: of the fits, or auto.
     """
 
     model: str
@@ -51,6 +55,7 @@ class Task(NamedTuple):
     seed: int
     workers: int
     launched: bool
+    precision: str = precision.AUTO
 
 
 class _Live(NamedTuple):
@@ -69,6 +74,7 @@ class Engine:
         self.tags = tracking.environment_tags() | tracking.dataset_tags(task.data)
         self.tags |= {"model": task.model, "study": study.study_name}
         self.outcomes = search.past_outcomes(study)
+        self.phases: Phases | None = None
         self.live: dict[int, _Live] = {}
         self.nursery: Nursery | None = None
         self.imported = 0.0  # CPU-seconds that the nurseries before this one took to load
@@ -165,28 +171,63 @@ class Engine:
 
     def _fill(self) -> None:
         """Start trials while there are workers and the budget can pay for them."""
-        while len(self.live) < self.task.workers and (left := self.left()) > self.price():
+        while len(self.live) < self.task.workers and (left := self.left()) > 0:
             if self.nursery is None:
+                if self.price() > left:
+                    return
                 self.nursery = Nursery("sweeps.trial:body", preload(self.member))
-            space = {name: param.distribution for name, param in self.member.PARAMS.items()}
+            if self.phases is None:
+                self.phases = self._phases()
+                continue  # finding the precision has cost something
             with charge("search"):
-                trial = self.study.ask(fixed_distributions=space)
-            self._start(trial, min(left, GRANT_SHARE * self.ledger.total))
+                proposal = self.phases.next(left, self.price())
+            if proposal is None:
+                return
+            self._start(proposal)
 
-    def _start(self, trial: optuna.Trial, grant: float) -> None:
+    def _phases(self) -> Phases:
+        """The phases of this sweep, whose fits all have one precision."""
+        space, chosen = self.member.PARAMS, self.task.precision
+        if chosen == precision.AUTO:
+            known = self.study.user_attrs.get("precision")
+            chosen = known or (self._probe() if precision.params("bfloat16", space) else "float32")
+        self.study.set_user_attr("precision", chosen)
+        self.tags["precision"] = chosen
+        self.run.tags({"precision": chosen})
+        return self._phases_of(precision.params(chosen, space))
+
+    def _phases_of(self, everywhere: Params) -> Phases:
+        seed, total = self.task.seed, self.ledger.total
+        return Phases(self.study, self.member, seed, total, self.outcomes, everywhere)
+
+    def _probe(self) -> str:
+        """The precision that this machine speaks for: tried in a fork, which costs 0.4 CPU-s."""
+        assert self.nursery is not None
+        if not precision.supported():
+            return "float32"
+        self.nursery.start(PROBE, {"probe": True}, PROBE_CPU_SECONDS)
+        while True:
+            for event in self.nursery.events(BEAT_SECONDS):
+                if event["trial"] == PROBE and "end" in event:
+                    gain = float((event["end"] or {}).get("gain", 0.0))
+                    self.run.metrics({"bfloat16_gain": gain}, 0)
+                    return precision.chosen(gain)
+
+    def _start(self, proposal: Proposal) -> None:
         """Promise a trial its grant, open its child run, have the nursery fork it."""
         assert self.nursery is not None
+        trial, grant = proposal.trial, proposal.grant
         number = trial.number
         self.ledger.grant(number, grant)
         child = self._create(number)
         self.live[number] = _Live(child, Referee(trial, grant, self.logging()))
-        child.write(params=self._params(trial.params))
+        child.write(params=self._params(trial), tags={"phase": proposal.phase})
         child.input(self.task.data, "train")
         spec = {
             "model": self.task.model,
             "params": trial.params,
             "root": str(self.task.data.root),
-            "seed": self.task.seed,
+            "seed": proposal.seed,
             "run_id": child.id,
             "experiment_id": child.experiment_id,
         }
@@ -199,8 +240,10 @@ class Engine:
         name = f"{self.task.model} {number:03}"
         return tracking.create(self.run.client, "trial", self.run, name, tags)
 
-    def _params(self, params: Params) -> Params:
-        return params | {"model": self.task.model, "seed": self.task.seed}
+    def _params(self, trial: optuna.Trial | optuna.trial.FrozenTrial) -> Params:
+        """What a trial's run says of it."""
+        seed = trial.user_attrs.get("seed", self.task.seed)
+        return trial.params | {"model": self.task.model, "seed": seed}
 
     def _hear(self) -> None:
         """Answer reports, book ends, keep the ledger's account of what is spent."""
@@ -259,11 +302,23 @@ class Engine:
         # At once: a write for every step would be a trial's largest overhead.
         run.write(
             [*curve, tracking.Point(last, time.time(), metrics(outcome.bill) | dict(costs))],
+            params=found(outcome.found),
             tags={name: text for name, text in texts.items() if text},
         )
         if outcome.val_accuracy is not None:
             run.name(f"{self.task.model} {outcome.number:03} · {outcome.val_accuracy:.1%}")
         run.close(STATUS[outcome.state])
+
+    def winner(self) -> list[Outcome]:
+        """The fits of the best hyperparameters, the best first: one, or one for each seed.
+
+        Those that the race has found where there was one, else the best trial's.
+        """
+        phases = self.phases or self._phases_of({})
+        logged = [outcome for outcome in self.outcomes if outcome.model_uri is not None]
+        fits = phases.confirmed() or logged
+        ranked = sorted(fits, key=lambda one: -(one.val_accuracy or 0.0))
+        return ranked if phases.confirmed() else ranked[:1]
 
     def _bury_nursery(self) -> None:
         """The nursery is dead, and its trials with it: bill them by their last beat."""
@@ -301,7 +356,7 @@ class Engine:
         for trial in begun:
             if str(trial.number) not in known:
                 child = self._create(trial.number)
-                child.write(params=self._params(trial.params), tags={"failure": "killed"})
+                child.write(params=self._params(trial), tags={"failure": "killed"})
                 child.close("KILLED")
 
     @charge("tracking")

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlflow
 from mlflow.exceptions import ExecutionException
 
-from pipeline import cli, models, registry, tracking
+from pipeline import cli, models, precision, registry, tracking
 from pipeline.spec import UserError
 from sweeps.sweep import OPTIONS as SWEEP_OPTIONS
 
@@ -60,7 +60,9 @@ def main(argv: Sequence[str]) -> None:
         run.name("main · " + ", ".join(names))
         step("prep", **data)
         for name in names:
-            step("sweep", model=name, **options)
+            # What one model does not know is no reason to stop the others.
+            known = precision.HYPERPARAMETER in registry.load(models, name).PARAMS
+            step("sweep", model=name, **options | ({} if known else {"precision": precision.AUTO}))
         comparison = step("compare", dataset_digest="latest", data_dir=data_dir)
         step("promote", run_id="best")
         table = run.client.get_run(comparison).data.tags["mlflow.note.content"]

@@ -1,23 +1,24 @@
 """What a budget will buy, found by timing a few steps: ``mlflow run . -e sweep -P plan=true``."""
 
 import math
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 from mlflow.models import Model
 
-from pipeline import models, registry, tracking
+from pipeline import models, precision, registry, tracking
 from pipeline.bill import METER
 from pipeline.spec import Dataset, Fitted, Part, UserError
 from sweeps import search
 from sweeps.budget import GRANT_SHARE, RESERVE_CPU_SECONDS, own_cpu_seconds
 from sweeps.engine import Task, preload
 from sweeps.nursery import Message, Nursery
+from sweeps.phases import MARGIN, SCREEN_SHARE, max_steps, shares
 from sweeps.trial import prepare as prepare  # the nursery calls it
 
 PLAN_CPU_SECONDS = 20.0  # all that a plan may spend, start-up included
@@ -71,7 +72,7 @@ def body(spec: Message, call: Callable[[Message], Message]) -> Message:
         if share == 1.0 or growth < 1.5:
             break
         share = min(1.0, growth * share)
-    later = statistics.mean(steps[1:]) if len(steps) > 1 else steps[0]
+    later = mean(steps[1:]) if len(steps) > 1 else steps[0]
     saving = _save(fitted)
     extra = tracing + saving + WRITING_CPU_SECONDS
     return Timed(extra, steps[0] / share, later / share, fitted.n_steps)._asdict()
@@ -123,42 +124,64 @@ def plan(task: Task, cpu_seconds: float, prepared: float) -> str:
     timed, n_too_dear, imported = _time(task, prepared)
     start = began + imported
     grant, left = GRANT_SHARE * cpu_seconds, cpu_seconds - start - RESERVE_CPU_SECONDS
-    baseline, others = timed[0], timed[1:] or timed
-    n_steps = baseline.n_affordable(min(grant, left))
-    if n_steps == 0:
+    baseline = timed[0]
+    if baseline.n_affordable(min(grant, left)) == 0:
         least = max(baseline.cost(1) / GRANT_SHARE, baseline.cost(1) + cpu_seconds - left)
         raise UserError(
             f"cpu_minutes must pay for start-up and a first step, but {cpu_seconds / 60:g} came, "
             f"and these take {start:.0f} and {baseline.cost(1):.0f} CPU-s: raise cpu_minutes above "
             f"{1.1 * least / 60:.2g}"
         )
-    depths = [search.expected_steps(max(1, one.n_affordable(grant))) for one in others]
-    costs = [one.cost(depth) for one, depth in zip(others, depths, strict=True)]
-    n_more = max(0, int((left - baseline.cost(n_steps)) / statistics.mean(costs)))
-    rungs = ", ".join(
-        f"{n_more * share * sum(one.n_steps >= step for one in others) / len(others):.0f} reach "
-        f"step {step}"
-        for step, share in search.rungs()
-    )
     rows: list[list[object]] = [
-        ["start-up and closing", "", "", f"{start + RESERVE_CPU_SECONDS:.0f}"],
-        ["trial 000, the deck's model", 1, n_steps, f"{baseline.cost(n_steps):.3g}"],
-        [
-            "further trials",
-            f"about {n_more}",
-            f"{statistics.mean(depths):.1f}",
-            f"{statistics.mean(costs):.3g} ({min(costs):.3g} to {max(costs):.3g})",
-        ],
+        ["start-up and closing", "", "", f"{start + RESERVE_CPU_SECONDS:.0f}"]
     ]
+    if hasattr(registry.load(models, task.model), "STEPS"):
+        rows += _phased(timed, cpu_seconds, left)
+    else:
+        rows += _halved(timed, grant, left)
     spent = own_cpu_seconds() - prepared
     return (
         f"**{task.model} on {task.data.title}**: what {cpu_seconds:.0f} CPU-seconds will buy\n\n"
         + tracking.markdown(["", "trials", "steps each", "CPU-s each"], rows)
-        + f"\n\nA step of the deck's model takes {baseline.later:.1f} CPU-s; of the further trials "
-        f"{rungs}. Timed on {len(timed)} sets of hyperparameters in {spent:.0f} CPU-s."
+        + f"\n\nA step of the deck's model takes {baseline.later:.1f} CPU-s. Timed on {len(timed)} "
+        f"sets of hyperparameters in {spent:.0f} CPU-s."
         + (f" {n_too_dear} more were too dear for that." if n_too_dear else "")
         + (f" Preparing the letters took {prepared:.0f} more, once." if prepared > 1 else "")
     )
+
+
+def _phased(timed: Sequence[Timed], cpu_seconds: float, left: float) -> list[list[object]]:
+    """Rows of the phases: a screen by one step, then whole fits of the best (here: the median)."""
+    costs = [one.cost(1) for one in timed]
+    n_screened = max(1, math.ceil(min(left, SCREEN_SHARE * cpu_seconds) / mean(costs)))
+    left -= n_screened * mean(costs)
+    good = sorted(timed, key=lambda one: one.later)[len(timed) // 2]
+    plan = shares(max(left, 0.0), good.later, good.extra, good.n_steps)
+    n_steps = good.n_affordable(MARGIN * plan.cpu_seconds)
+    rows: list[list[object]] = [
+        ["screen, the deck's model first", f"about {n_screened}", 1, _range(costs)]
+    ]
+    for phase, n_fits in (("race", plan.n_racing), ("confirm", plan.n_confirming)):
+        if n_fits and n_steps:
+            rows.append([phase, n_fits, f"about {n_steps}", f"{plan.cpu_seconds:.3g}"])
+    return rows
+
+
+def _halved(timed: Sequence[Timed], grant: float, left: float) -> list[list[object]]:
+    """Rows of a plain search: the deck's model in full, the others under successive halving."""
+    baseline, others = timed[0], timed[1:] or timed
+    n_steps = baseline.n_affordable(min(grant, left))
+    depths = [search.expected_steps(max(1, one.n_affordable(grant))) for one in others]
+    costs = [one.cost(depth) for one, depth in zip(others, depths, strict=True)]
+    n_more = max(0, int((left - baseline.cost(n_steps)) / mean(costs)))
+    return [
+        ["trial 000, the deck's model", 1, n_steps, f"{baseline.cost(n_steps):.3g}"],
+        ["further trials", f"about {n_more}", f"{mean(depths):.1f}", _range(costs)],
+    ]
+
+
+def _range(costs: Sequence[float]) -> str:
+    return f"{mean(costs):.3g} ({min(costs):.3g} to {max(costs):.3g})"
 
 
 def _time(task: Task, prepared: float) -> tuple[list[Timed], int, float]:
@@ -170,8 +193,11 @@ def _time(task: Task, prepared: float) -> tuple[list[Timed], int, float]:
     timed: list[Timed] = []
     n_too_dear = 0
     with closing(Nursery("sweeps.plan:body", preload(member))) as nursery:
-        priors = getattr(member, "PRIORS", ())
-        proposals = search.proposals(member.PARAMS, task.seed, MAX_TIMED, priors)
+        wanted = task.precision
+        if wanted == precision.AUTO:  # which a sweep would try first
+            wanted = "bfloat16" if precision.supported() else "float32"
+        everywhere = precision.params(wanted, member.PARAMS)
+        proposals = search.proposals(member, task.seed, MAX_TIMED, everywhere)
         for number, params in enumerate(proposals):
             grant = GRANTS[min(number, 1)]
             spent = own_cpu_seconds() - prepared + nursery.cpu_seconds()
@@ -192,7 +218,8 @@ def _time(task: Task, prepared: float) -> tuple[list[Timed], int, float]:
                     "or sweep without plan=true, which outlives a trial that fails"
                 )
             if "step" in end:
-                timed.append(Timed(**end))
+                n_steps = max_steps(member) if hasattr(member, "STEPS") else end["n_steps"]
+                timed.append(Timed(**end)._replace(n_steps=n_steps))
             elif number == 0:
                 break  # the defaults are the measure of all others
             else:

@@ -1,8 +1,10 @@
 """Who proposes and who is stopped: the Optuna study of one model."""
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import optuna
 from optuna.storages import JournalStorage
@@ -15,43 +17,65 @@ from sweeps.trial import Outcome
 
 _OUTCOME = "outcome"  # user attribute of a trial
 REDUCTION_FACTOR = 3  # of the trials at a rung one in so many goes on
+HALF_WAY = 0.5  # of its schedule a racing trial may do unjudged
+FAR_BEHIND = 0.01  # in accuracy: three times what chance does to two fits of one kind
+
+
+class Behind(optuna.pruners.BasePruner):
+    """Stops a racing trial that, half-way or later, is far behind another one at the same place.
+
+    Places are shares of the schedule: trials may have unlike numbers of steps (``steps`` names the
+    hyperparameter), and a learning rate that falls makes equal steps unlike.
+    """
+
+    def __init__(self, steps: str) -> None:
+        self.steps = steps
+
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        """Whether to stop ``trial`` after its last report."""
+        place = (trial.last_step or 0) / trial.params[self.steps]
+        if trial.user_attrs.get("phase") != "race" or place < HALF_WAY:
+            return False
+        others = [
+            self._value_at(other, place)
+            for other in study.get_trials(deepcopy=False)
+            if other.user_attrs.get("phase") == "race" and other.number != trial.number
+        ]
+        best = max((value for value in others if value is not None), default=0.0)
+        return self._value_at(trial, place) < best - FAR_BEHIND  # type: ignore[operator]
+
+    def _value_at(self, trial: optuna.trial.FrozenTrial, place: float) -> float | None:
+        """What a trial had reported last when so much of its schedule was done; None before."""
+        step = math.floor(place * trial.params[self.steps] + 1e-9)
+        values = trial.intermediate_values
+        return values.get(step) if step <= (trial.last_step or 0) else None
 
 
 @charge("search")
-def open_study(
-    name: str,
-    space: Mapping[str, Param],
-    seed: int,
-    folder: Path,
-    priors: Sequence[Params] = (),
-) -> optuna.Study:
-    """A study in ``folder``, new or continued, whose trial 0 is the defaults: its own baseline.
+def open_study(name: str, seed: int, folder: Path, steps: str | None = None) -> optuna.Study:
+    """A study in ``folder``, new or continued. TPE proposes what the phases leave open.
 
-    ``priors`` come next: hyperparameters that are known to serve well.
-
-    TPE proposes. Successive halving stops: of the trials that reach steps 1, 3, 9, ... the best
-    third goes on (Li et al. 2018, "A system for massively parallel hyperparameter tuning"). Trials
-    that a driver left running are told as failed. The sampler's seed is made of ``seed`` and the
-    number of trials, so that a continued study does not draw its first trials again.
+    Without ``steps`` successive halving stops: of the trials that reach steps 1, 3, 9, ... the best
+    third goes on (Li et al. 2018, "A system for massively parallel hyperparameter tuning"). Where
+    ``steps`` names the hyperparameter that is the length of a fit, ``Behind`` does. Trials that a
+    driver left running are told as failed. The sampler's seed is made of ``seed`` and the number of
+    trials, so that a continued study does not draw its first trials again.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     journal = folder / "optuna.journal"
     _mend(journal)
     storage = JournalStorage(JournalFileBackend(str(journal)))
+    halving = optuna.pruners.SuccessiveHalvingPruner(
+        min_resource=1, reduction_factor=REDUCTION_FACTOR
+    )
     study = optuna.create_study(
         storage=storage,
         study_name=name,
-        pruner=optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=1, reduction_factor=REDUCTION_FACTOR
-        ),
+        pruner=Behind(steps) if steps else halving,
         direction="maximize",
         load_if_exists=True,
     )
-    n_trials = len(study.trials)
-    study.sampler = _sampler(seed, n_trials)
-    if n_trials == 0:
-        for params in [_defaults(space), *priors]:
-            study.enqueue_trial(params)
+    study.sampler = _sampler(seed, len(study.trials))
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         outcome = trial.user_attrs.get(_OUTCOME)
         if outcome:  # its driver died between the two notes of it
@@ -59,6 +83,36 @@ def open_study(
         else:
             study.tell(trial.number, state=TrialState.FAIL)
     return study
+
+
+def screened(member: ModuleType, place: int) -> Params:
+    """What the ``place``-th trial of a model's screen must have; TPE proposes the rest.
+
+    The first is the defaults: the study's own baseline. The model's ``PRIORS`` come next, if it has
+    some. Those after them have its ``FIXED`` values, and, as a short fit tells nothing about what
+    pays in a long one, the ``LATE`` hyperparameters of the first prior, or the defaults'.
+    """
+    steps: Params = {member.STEPS: 1} if hasattr(member, "STEPS") else {}
+    known: list[Params] = [_defaults(member.PARAMS), *getattr(member, "PRIORS", ())]
+    if place < len(known):
+        return known[place] | steps
+    late = {name: known[:2][-1][name] for name in getattr(member, "LATE", ())}
+    fixed: Params = getattr(member, "FIXED", {})
+    return fixed | late | steps
+
+
+@charge("search")
+def ask(study: optuna.Study, space: Mapping[str, Param], fixed: Params) -> optuna.Trial:
+    """A new trial that has the ``fixed`` values; the study's sampler proposes the others."""
+    sampler = study.sampler
+    with warnings.catch_warnings():  # the sampler is marked experimental since 2021
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.sampler = optuna.samplers.PartialFixedSampler(fixed, sampler)
+    try:
+        distributions = {name: param.distribution for name, param in space.items()}
+        return study.ask(fixed_distributions=distributions)
+    finally:
+        study.sampler = sampler
 
 
 @charge("search")
@@ -91,16 +145,17 @@ def _defaults(space: Mapping[str, Param]) -> Params:
     return {name: param.default for name, param in space.items()}
 
 
-def proposals(
-    space: Mapping[str, Param], seed: int, n_trials: int, priors: Sequence[Params] = ()
-) -> list[Params]:
-    """What a new study proposes first, before it has learned anything; the defaults first."""
+def proposals(member: ModuleType, seed: int, n_trials: int, everywhere: Params) -> list[Params]:
+    """What a new study proposes first, before it has learned anything; the defaults first.
+
+    All have the hyperparameters ``everywhere``.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=_sampler(seed, 0), direction="maximize")
-    for params in [_defaults(space), *priors]:
-        study.enqueue_trial(params)
-    distributions = {name: param.distribution for name, param in space.items()}
-    return [study.ask(fixed_distributions=distributions).params for _ in range(n_trials)]
+    return [
+        ask(study, member.PARAMS, screened(member, place) | everywhere).params
+        for place in range(n_trials)
+    ]
 
 
 def rungs(n_rungs: int = 3) -> list[tuple[int, float]]:

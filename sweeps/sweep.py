@@ -5,20 +5,23 @@ mlflow run . -e sweep -P model=lstm -P cpu_minutes=10
 
 import hashlib
 import os
+import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import mlflow
+import optuna
 import pandas as pd
 from mlflow.entities import Run as RunEntity
 from tqdm import tqdm
 
-from pipeline import cli, models, plots, prep, registry, tracking
+from pipeline import cli, models, plots, precision, prep, registry, tracking
 from pipeline.bill import METER, OVERHEAD, charge, metrics
 from pipeline.spec import Dataset, UserError
 from pipeline.train import OPTIONS as TRAIN_OPTIONS
+from pipeline.train import found
 from sweeps import plan as plans
 from sweeps import processes, search
 from sweeps.budget import Busy, Ledger, last_opening
@@ -64,15 +67,16 @@ class Progress:
 
 
 @charge("tracking")
-def finish(engine: Engine, winner: Outcome) -> None:
-    """Log what the sweep found, in full."""
+def finish(engine: Engine, fits: Sequence[Outcome]) -> None:
+    """Log what the sweep found, in full; ``fits`` are the winner's, the best one first."""
     run, study, outcomes = engine.run, engine.study, engine.outcomes
     title = f"{engine.task.model} on {engine.task.data.title}"
+    trials = table(outcomes, study)
     params = pd.DataFrame([study.trials[outcome.number].params for outcome in outcomes])
-    trials = table(outcomes)
-    run.params(study.trials[winner.number].params)
-    run.link_model(str(winner.model_uri))
-    run.tags({"best_run_id": winner.run_id})
+    best = fits[0]
+    run.params(study.trials[best.number].params | found(best.found))
+    run.link_model(str(best.model_uri))
+    run.tags({"best_run_id": best.run_id})
     run.csv("trials.csv", trials.join(params))
     run.figure("optimisation_history.png", plots.best_so_far(trials, title))
     run.figure("bill.png", plots.bill([outcome.spent for outcome in outcomes], title))
@@ -82,18 +86,36 @@ def finish(engine: Engine, winner: Outcome) -> None:
     )
     if importances := search.importances(study):
         run.figure("hyperparameter_importance.png", plots.importance(importances, title))
-    run.name(f"{engine.task.model} sweep · {winner.val_accuracy:.1%}")
-    run.describe(description(title, outcomes, winner, engine))
-    run.metrics({"n_trials": len(outcomes)} | metrics(engine.bill()), len(outcomes))
+    run.name(f"{engine.task.model} sweep · {best.val_accuracy:.1%}")
+    run.describe(description(title, trials, fits, engine))
+    values = [float(fit.val_accuracy or 0.0) for fit in fits]
+    confirmed = {"confirmed_val_accuracy": statistics.mean(values), "n_seeds": len(values)}
+    if len(values) > 1:
+        confirmed["confirmed_val_accuracy_std"] = statistics.stdev(values)
+    figures = {"n_trials": len(outcomes), "val_accuracy": values[0]} | confirmed
+    run.metrics(figures | metrics(engine.bill()), len(outcomes))
 
 
-def table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
-    """A row for each trial, with its bill and the sweep's."""
-    rows = pd.DataFrame([outcome._asdict() for outcome in outcomes]).drop(columns=["bill", "spent"])
+def table(outcomes: Sequence[Outcome], study: optuna.Study) -> pd.DataFrame:
+    """A row for each trial, with its phase, its bill and the sweep's."""
+    left_out = ["bill", "spent", "found"]
+    rows = pd.DataFrame([outcome._asdict() for outcome in outcomes]).drop(columns=left_out)
+    trials = study.get_trials(deepcopy=False)
+    rows["phase"] = [trials[number].user_attrs.get("phase", "") for number in rows["number"]]
+    rows["seed"] = [trials[number].user_attrs.get("seed") for number in rows["number"]]
     rows["cpu_seconds"] = [outcome.cpu_seconds for outcome in outcomes]
     rows["fit_cpu_seconds"] = [outcome.bill.get("fit", 0.0) for outcome in outcomes]
     rows["spent_cpu_seconds"] = [sum(outcome.spent.values()) for outcome in outcomes]
     return rows
+
+
+def spread(fits: Sequence[Outcome]) -> str:
+    """What the winner's seeds say of its accuracy, in words."""
+    values = [float(fit.val_accuracy or 0.0) for fit in fits]
+    if len(values) < 2:
+        return f"{values[0]:.2%} on val, of one fit (its spread is unknown)"
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    return f"{mean:.2%} on val, the mean of {len(values)} seeds, standard deviation {deviation:.2%}"
 
 
 def _nothing(outcomes: Sequence[Outcome], engine: Engine) -> UserError:
@@ -111,25 +133,29 @@ def _nothing(outcomes: Sequence[Outcome], engine: Engine) -> UserError:
     )
 
 
-def description(title: str, outcomes: Sequence[Outcome], winner: Outcome, engine: Engine) -> str:
+def description(title: str, trials: pd.DataFrame, fits: Sequence[Outcome], engine: Engine) -> str:
     """Markdown for the sweep's page: the best trials, how the others ended, where the CPU went."""
-    ranked = sorted(outcomes, key=lambda outcome: -(outcome.val_accuracy or 0.0))
+    ranked = trials.dropna(subset="val_accuracy").nlargest(5, "val_accuracy")
     rows = [
-        [f"{o.number:03}", o.state, f"{o.val_accuracy or 0:.2%}", f"{o.cpu_seconds:.1f}"]
-        for o in ranked[:5]
+        [f"{n:03}", phase, state, f"{accuracy:.2%}", f"{cost:.1f}"]
+        for n, phase, state, accuracy, cost in ranked[
+            ["number", "phase", "state", "val_accuracy", "cpu_seconds"]
+        ].itertuples(index=False)
     ]
-    states = pd.Series([outcome.state for outcome in outcomes]).value_counts()
-    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    counts, phases = (
+        ", ".join(f"{count} {name}" for name, count in trials[column].value_counts().items())
+        for column in ("state", "phase")
+    )
     bill = engine.bill()
     spent = [
         [cause, what, f"{bill.get(cause, 0.0):.1f}"]
         for cause, what in ({"fit": "training and validation"} | OVERHEAD).items()
     ]
     return (
-        f"**{title}**: best val_accuracy {winner.val_accuracy:.2%} in trial {winner.number:03}; "
-        f"{len(outcomes)} trials ({counts}) in {sum(bill.values()):.0f} of "
-        f"{engine.ledger.total:.0f} CPU-seconds; trial 000 is the deck's model\n\n"
-        + tracking.markdown(["trial", "state", "val_accuracy", "CPU-s"], rows)
+        f"**{title}**: {spread(fits)}; the model is trial {fits[0].number:03}'s. {len(trials)} "
+        f"trials ({phases}; {counts}) in {sum(bill.values()):.0f} of {engine.ledger.total:.0f} "
+        "CPU-seconds; trial 000 is the deck's model\n\n"
+        + tracking.markdown(["trial", "phase", "state", "val_accuracy", "CPU-s"], rows)
         + "\n\n"
         + tracking.markdown(["spent on", "which is", "CPU-s"], spent)
     )
@@ -178,18 +204,18 @@ def main(argv: Sequence[str]) -> None:
     options = cli.parse_all("sweep", argv, OPTIONS)
     model, seed, workers = (options.pop(name) for name in ("model", "seed", "workers"))
     study, plan = options.pop("study"), options.pop("plan")
-    budget = 60 * options.pop("cpu_minutes")
-    registry.load(models, model)
+    budget, wanted = 60 * options.pop("cpu_minutes"), options.pop("precision")
+    precision.check(wanted, model, registry.load(models, model).PARAMS)
     launched = "MLFLOW_RUN_ID" in os.environ
     client = tracking.connect()
     with charge("data"):
         data = prep.ensure(**options)
-    task = Task(model, data, seed, workers or processes.usable_cores(), launched)
+    task = Task(model, data, seed, workers or processes.usable_cores(), launched, wanted)
     if plan:
         write_plan(task, budget)
         return
     studies = Path(options["data_dir"]) / "studies"
-    text = f"{model} {seed} {budget} {data.digest} {study}"
+    text = f"{model} {seed} {budget} {data.digest} {study} {wanted}"
     key = hashlib.sha256(text.encode()).hexdigest()[:12]
     before = interrupted(client, studies, key)
     again = before.run if before else None
@@ -234,29 +260,23 @@ def write_plan(task: Task, budget: float) -> None:
 
 def sweep(run: tracking.Run, ledger: Ledger, folder: Path, task: Task) -> None:
     """Search and close; the study lies in ``folder``, whose name is its name."""
-    member = registry.load(models, task.model)
-    priors = getattr(member, "PRIORS", ())
-    study = search.open_study(folder.name, member.PARAMS, task.seed, folder, priors)
+    steps = getattr(registry.load(models, task.model), "STEPS", None)
+    study = search.open_study(folder.name, task.seed, folder, steps)
     with closing(Progress(task.model, ledger.total)) as show:
         engine = Engine(run, study, task, ledger, show)
         engine.recover()
         if not ledger.searched:
             engine.search()
             ledger.search_ends(engine.own())
-    outcomes = engine.outcomes
-    winner = max(
-        (outcome for outcome in outcomes if outcome.model_uri is not None),
-        key=lambda outcome: outcome.val_accuracy or 0.0,
-        default=None,
-    )
-    if winner is None:
+    fits = engine.winner()
+    if not fits:
         ledger.end(engine.own())
-        raise _nothing(outcomes, engine)
-    finish(engine, winner)
+        raise _nothing(engine.outcomes, engine)
+    finish(engine, fits)
     spent = engine.spent()
     print(
-        f"{task.model}: best val_accuracy {winner.val_accuracy:.4f} of {len(outcomes)} trials on "
-        f"{task.data.title}, {spent:.0f} of {ledger.total:.0f} CPU-s, run {run.id}"
+        f"{task.model}: {spread(fits)}; {len(engine.outcomes)} trials on {task.data.title}, "
+        f"{spent:.0f} of {ledger.total:.0f} CPU-s, run {run.id}"
     )
     print(tracking.ui_hint(run.experiment_id))
     ledger.end(engine.own())

@@ -3,12 +3,12 @@
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlflow
 import optuna
 
-from pipeline import tracking
+from pipeline import precision, tracking
 from pipeline.bill import METER, charge, completed
 from pipeline.spec import Dataset
 from pipeline.train import train
@@ -42,6 +42,7 @@ class Outcome(NamedTuple):
         spent: CPU-seconds of the whole sweep, by cause, when the trial had ended.
         model_uri: of the logged model; None where the trial did not get so far.
         failure: out_of_memory, nan_loss, killed or error, where it failed or was killed.
+        found: hyperparameters that were left to the fit.
     """
 
     number: int
@@ -55,6 +56,7 @@ class Outcome(NamedTuple):
     model_uri: str | None
     failure: str | None
     error: str | None
+    found: Mapping[str, Any]
 
     @property
     def cpu_seconds(self) -> float:
@@ -67,8 +69,13 @@ def prepare() -> None:
 
 
 def body(spec: Message, call: Callable[[Message], Message]) -> Message:
-    """What a trial's process does: fit, log the model, say what came of it. Runs in a fork."""
+    """What a trial's process does: fit, log the model, say what came of it. Runs in a fork.
+
+    Or, for a ``probe``, what bfloat16 gains here.
+    """
     METER.restart()
+    if spec.get("probe"):
+        return {"gain": precision.gain()}
 
     @charge("engine")
     def report(step: int, val_accuracy: float) -> bool:
@@ -143,4 +150,5 @@ class Referee:
             model_uri=model_uri,
             failure=failure,
             error=error,
+            found=end.get("found", {}),
         )

@@ -53,7 +53,14 @@ def toy(before: str = "pass", after: str = "pass") -> str:
 
 
 # Options of a sweep, as MLproject has them, but for the model.
-SWEEP = {"seed": 0, "cpu_minutes": 4, "workers": 2, "study": "auto", "plan": "false"}
+SWEEP = {
+    "seed": 0,
+    "cpu_minutes": 4,
+    "workers": 2,
+    "precision": "auto",
+    "study": "auto",
+    "plan": "false",
+}
 LEFT = Engine.left
 
 

@@ -14,7 +14,13 @@ from pipeline.spec import Dataset, UserError
 def test_a_run_holds_all_that_a_reader_needs(
     store: mlflow.MlflowClient, data_options: dict[str, Any]
 ) -> None:
-    options = data_options | {"model": "knn", "seed": 3, "n_neighbors": 3, "blur": "1e0"}
+    options = data_options | {
+        "model": "knn",
+        "seed": 3,
+        "precision": "auto",
+        "n_neighbors": 3,
+        "blur": "1e0",
+    }
     train.main(arguments(options))
     (run,) = runs(store, "train")
     data = Dataset.open(next(data_options["data_dir"].glob("emnist_letters-*")))
@@ -41,7 +47,7 @@ def test_a_run_holds_all_that_a_reader_needs(
 def test_the_logged_model_has_signature_example_and_pinned_requirements(
     store: mlflow.MlflowClient, data_options: dict[str, Any]
 ) -> None:
-    train.main(arguments(data_options | {"model": "knn", "seed": 0}))
+    train.main(arguments(data_options | {"model": "knn", "seed": 0, "precision": "auto"}))
     (run,) = runs(store, "train")
     uri = run.data.tags["model_uri"]
     info = Model.load(uri)
@@ -75,7 +81,9 @@ def test_bad_parameters_cost_no_run(
     wrong: dict[str, str], rule: str, store: mlflow.MlflowClient, data_options: dict[str, Any]
 ) -> None:
     with pytest.raises(UserError, match=rule):
-        train.main(arguments(data_options | {"model": "knn", "seed": 0} | wrong))
+        train.main(
+            arguments(data_options | {"model": "knn", "seed": 0, "precision": "auto"} | wrong)
+        )
     assert store.search_runs(["0"]) == []
 
 
@@ -86,5 +94,5 @@ def test_a_model_must_report(
 
     add_member(models, "mute", "PARAMS = {}\ndef fit(*args): return None\n")
     with pytest.raises(RuntimeError, match="mute must report at least one step"):
-        train.main(arguments(data_options | {"model": "mute", "seed": 0}))
+        train.main(arguments(data_options | {"model": "mute", "seed": 0, "precision": "auto"}))
     assert [run.info.status for run in runs(store, "train")] == ["FAILED"]

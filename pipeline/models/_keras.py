@@ -11,28 +11,43 @@ import numpy as np
 
 from pipeline import quiet
 from pipeline.bill import charge
-from pipeline.spec import Fitted, Images, Params, Part, Probabilities, Report
+from pipeline.models import _distort
+from pipeline.spec import LETTERS, Fitted, Images, Params, Part, Probabilities, Report
 
 quiet.import_keras()
 
 import keras  # noqa: E402
 import mlflow.keras  # noqa: E402
+import tensorflow as tf  # noqa: E402
 
 PREDICT_BATCH = 512  # letters; larger gains nothing on a CPU
+WHOLE_EPOCHS = 10  # from so many on letters are distorted with full strength
+WARM_UP = 0.1  # share of the schedule in which the learning rate rises
 
 
 class _Reporter(keras.callbacks.Callback):  # type: ignore[misc]
-    """Passes the validation accuracy of every epoch on, and stops where ``report`` says so."""
+    """Passes the validation accuracy of every epoch on, and stops where ``report`` says so.
 
-    def __init__(self, report: Report) -> None:
+    It is that of ``answering``, a network in float32 that has the trained one's weights: what is
+    logged in the end.
+    """
+
+    def __init__(self, answering: Any, val: Part, report: Report) -> None:
         super().__init__()
-        self.report = report
+        self.answering, self.val, self.report = answering, val, report
+        self.tracing: AbstractContextManager[Any] = charge("tracing")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         assert logs is not None
         if not math.isfinite(logs["loss"]):
             raise FloatingPointError(f"the loss is {logs['loss']} after epoch {epoch + 1}")
-        if self.report(epoch + 1, logs["val_accuracy"]):
+        self.answering.set_weights(self.model.get_weights())
+        images, labels = self.val
+        if epoch == 0:
+            with charge("tracing"):
+                _predict(self.answering, images[:1])
+        guess = _predict(self.answering, images).argmax(axis=1)
+        if self.report(epoch + 1, float(np.mean(guess == labels))):
             self.model.stop_training = True
 
 
@@ -44,7 +59,7 @@ def fit(
     seed: int,
     report: Report,
 ) -> Fitted:
-    """Train with Adam and cross-entropy; ``params`` has learning_rate, batch_size and epochs.
+    """Train by the recipe in ``params``, the names of which are in ``_recipe.PARAMS``.
 
     Forgets the process's earlier networks, and seeds every generator.
     """
@@ -52,32 +67,76 @@ def fit(
         tracing.enter_context(charge("tracing"))  # until the first batch is through
         keras.utils.clear_session()
         keras.utils.set_random_seed(seed)
-        net = build(params)
+        answering = build(params)
+        keras.config.set_dtype_policy(params["dtype_policy"])
+        try:
+            net = build(params)
+        finally:
+            keras.config.set_dtype_policy("float32")
+        n_batches = math.ceil(len(train.labels) / params["batch_size"])
         net.compile(
-            optimizer=keras.optimizers.Adam(learning_rate=params["learning_rate"]),
-            loss="sparse_categorical_crossentropy",
-            metrics=["accuracy"],
+            optimizer=_optimizer(params, n_batches * params["epochs"]),
+            loss=keras.losses.CategoricalCrossentropy(label_smoothing=params["label_smoothing"]),
         )
         net.make_train_function()
-        net.make_test_function()
         _charge_first_call(net, "train_function", tracing)
-        _charge_first_call(net, "test_function", charge("tracing"))
+        callbacks = [_Reporter(answering, val, report)]
+        if params["average"]:  # before the reporter, who is to see the averaged weights
+            callbacks.insert(0, keras.callbacks.SwapEMAWeights(swap_on_epoch=True))
         net.fit(
-            np.asarray(train.images),
-            np.asarray(train.labels),
-            batch_size=params["batch_size"],
+            _batches(train, params, seed),
             epochs=params["epochs"],
-            validation_data=(np.asarray(val.images), np.asarray(val.labels)),
-            validation_batch_size=PREDICT_BATCH,
-            callbacks=[_Reporter(report)],
+            steps_per_epoch=n_batches,
+            callbacks=callbacks,
+            shuffle=False,  # the batches are, each epoch anew
             verbose=0,
         )
     return Fitted(
-        predict=partial(_predict, net),
-        save_model=partial(_save_model, net),
+        predict=partial(_predict, answering),
+        save_model=partial(_save_model, answering),
         requirements=("tensorflow", "keras", "numpy"),
         n_steps=params["epochs"],
     )
+
+
+def _optimizer(params: Params, n_batches: int) -> keras.optimizers.Optimizer:
+    """AdamW, which is Adam where ``weight_decay`` is 0; its schedule ends with the last batch."""
+    rate = params["learning_rate"]
+    if params["schedule"] == "cosine":
+        warm_up = max(1, round(WARM_UP * n_batches))
+        rate = keras.optimizers.schedules.CosineDecay(
+            rate / 10, n_batches - warm_up, warmup_target=rate, warmup_steps=warm_up
+        )
+    average = params["average"]
+    optimizer = keras.optimizers.AdamW(
+        rate, weight_decay=params["weight_decay"], use_ema=average > 0, ema_momentum=average or 0.99
+    )
+    optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
+    return optimizer
+
+
+def _batches(train: Part, params: Params, seed: int) -> tf.data.Dataset:
+    """Endless batches of letters, each epoch in another order, distorted anew each time."""
+    images, labels = tf.constant(np.asarray(train.images)), tf.constant(np.asarray(train.labels))
+    # A short fit does not overfit: it learns more from letters as they are.
+    strength = params["augment"] * min(1.0, params["epochs"] / WHOLE_EPOCHS)
+
+    @tf.autograph.experimental.do_not_convert  # there is nothing to convert
+    def batch(rows: Any, key: Any) -> tuple[Any, Any]:
+        letters = tf.gather(images, rows)
+        if strength:
+            letters = _distort.distort(letters, strength, key)
+        return letters, tf.one_hot(tf.gather(labels, rows), len(LETTERS))
+
+    rows = (
+        tf.data.Dataset.range(len(labels))
+        .shuffle(len(labels), seed=seed)
+        .batch(params["batch_size"])
+    )
+    keys = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).batch(2)
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = 1
+    return tf.data.Dataset.zip(rows.repeat(), keys).map(batch).with_options(options)
 
 
 def _charge_first_call(net: Any, name: str, charged: AbstractContextManager[Any]) -> None:

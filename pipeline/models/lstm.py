@@ -1,23 +1,41 @@
-"""An LSTM that reads a letter row by row. The defaults are the deck's."""
+"""An LSTM that reads a letter row by row. The defaults are the deck's.
 
-from typing import TYPE_CHECKING
+It may read columns too, or a grid of patches along both, layer upon layer, as ReNet does (Visin et
+al. 2015, "ReNet: a recurrent neural network based alternative to convolutional networks").
+"""
 
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from typing import TYPE_CHECKING, Any
 
+from optuna.distributions import CategoricalDistribution, IntDistribution
+
+from pipeline.models import _recipe
 from pipeline.spec import LETTERS, SIDE, Fitted, Param, Params, Part, Report
 
 if TYPE_CHECKING:
     import keras
 
 PARAMS = {
-    "units": Param(128, IntDistribution(64, 192, step=32)),
-    "bidirectional": Param(False, CategoricalDistribution((False, True))),  # units are halved
-    "dense_units": Param(128, IntDistribution(64, 256, step=64)),
-    "dropout": Param(0.0, FloatDistribution(0.0, 0.5, step=0.1)),  # before the output
-    "learning_rate": Param(1e-3, FloatDistribution(5e-4, 1e-2, log=True)),
-    "batch_size": Param(32, CategoricalDistribution((32, 64, 128, 256))),
-    "epochs": Param(10, IntDistribution(1, 20)),
+    "reading": Param("rows", CategoricalDistribution(("rows", "rows_columns", "grid"))),
+    "patch": Param(1, CategoricalDistribution((1, 2, 4))),  # rows a step; side of a grid's patch
+    "layers": Param(1, IntDistribution(1, 2)),  # one of a grid reads its rows, then its columns
+    "units": Param(128, IntDistribution(32, 192, step=32)),  # of all directions together
+    "bidirectional": Param(False, CategoricalDistribution((False, True))),
+    "batch_norm": Param(False, CategoricalDistribution((False, True))),  # after each reader
+    "dense_units": Param(128, IntDistribution(64, 512, step=64)),
+} | _recipe.PARAMS
+STEPS, LATE, FIXED = _recipe.STEPS, _recipe.LATE, _recipe.FIXED | {"batch_norm": True}
+_PRIOR = _recipe.PRIOR | {
+    "batch_size": 128,
+    "reading": "rows_columns",
+    "patch": 2,
+    "layers": 1,
+    "units": 128,
+    "bidirectional": True,
+    "batch_norm": True,
+    "dense_units": 128,
 }
+_GRID = _PRIOR | {"reading": "grid", "patch": 4, "dense_units": 256}
+PRIORS = [_PRIOR, _GRID, _GRID | {"layers": 2, "units": 64}]
 PRELOAD = ("pipeline.models._keras",)  # imported once for all trials
 
 
@@ -26,21 +44,65 @@ def build(params: Params, n_outputs: int = len(LETTERS)) -> "keras.Model":
     import keras
     from keras import layers
 
-    if params["bidirectional"]:
-        reader = layers.Bidirectional(layers.LSTM(params["units"] // 2))
+    letters = keras.Input((SIDE, SIDE), dtype="uint8")
+    x = layers.Rescaling(1 / 255)(letters)
+    if params["reading"] == "grid":
+        x = layers.Flatten()(_read_grid(x, params))
+    elif params["reading"] == "rows":
+        x = _read_rows(x, params)
     else:
-        reader = layers.LSTM(params["units"])
-    return keras.Sequential(
-        [
-            keras.Input((SIDE, SIDE), dtype="uint8"),  # 28 time steps of 28 pixels
-            layers.Rescaling(1 / 255),
-            reader,
-            layers.Dense(params["dense_units"], activation="relu"),
-            layers.Dropout(params["dropout"]),
-            layers.Dense(n_outputs, activation="softmax"),
-        ],
-        name="lstm",
-    )
+        columns = _read_rows(layers.Permute((2, 1))(x), params)
+        x = layers.Concatenate()([_read_rows(x, params), columns])
+    x = layers.Dense(params["dense_units"], use_bias=not params["batch_norm"])(x)
+    x = layers.ReLU()(_normed(x, params))
+    x = layers.Dropout(params["dropout"])(x)
+    answer = layers.Dense(n_outputs, activation="softmax", dtype="float32")(x)
+    return keras.Model(letters, answer, name="lstm")
+
+
+def _read_rows(x: Any, params: Params) -> Any:
+    """Rows (n, 28, 28), ``patch`` at each time step, to what the last reader makes of all."""
+    from keras import layers
+
+    x = layers.Reshape((SIDE // params["patch"], SIDE * params["patch"]))(x)
+    for layer in range(1, params["layers"] + 1):
+        x = _normed(_reader(params, sequences=layer < params["layers"])(x), params)
+    return x
+
+
+def _read_grid(x: Any, params: Params) -> Any:
+    """Pixels (n, 28, 28) to (n, side, side, units), each patch read with all in its row and column.
+
+    The readers of a sweep have the same weights, and so are one on side times as many sequences.
+    """
+    import keras
+    from keras import layers
+
+    patch, side = params["patch"], SIDE // params["patch"]
+    x = layers.Reshape((side, patch, side, patch))(x)
+    x = layers.Reshape((side, side, patch**2))(layers.Permute((1, 3, 2, 4))(x))
+    for _ in range(2 * params["layers"]):
+        sequences = keras.ops.reshape(x, (-1, side, x.shape[-1]))
+        read = _reader(params, sequences=True)(sequences)
+        x = keras.ops.reshape(read, (-1, side, side, read.shape[-1]))
+        x = _normed(layers.Permute((2, 1, 3))(x), params)  # now along the other side
+    return x
+
+
+def _reader(params: Params, sequences: bool) -> Any:
+    """An LSTM, or two that read against each other, of ``units`` together."""
+    from keras import layers
+
+    if params["bidirectional"]:
+        half = layers.LSTM(params["units"] // 2, return_sequences=sequences)
+        return layers.Bidirectional(half)
+    return layers.LSTM(params["units"], return_sequences=sequences)
+
+
+def _normed(x: Any, params: Params) -> Any:
+    from keras import layers
+
+    return layers.BatchNormalization(momentum=0.9)(x) if params["batch_norm"] else x
 
 
 def fit(params: Params, train: Part, val: Part, seed: int, report: Report) -> Fitted:

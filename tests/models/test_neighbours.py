@@ -5,6 +5,8 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+from scipy.linalg import eigh
+from sklearn.kernel_approximation import RBFSampler
 from sklearn.neighbors import KNeighborsClassifier
 
 from pipeline.models import knn
@@ -12,6 +14,7 @@ from pipeline.models._neighbours import (
     Embedding,
     Floats,
     Neighbours,
+    discriminants,
     gradient_histograms,
     straighten,
 )
@@ -25,6 +28,8 @@ PLAIN = {
     "features": "pixels",
     "n_components": 0,
     "lda_shrinkage": 0.0,
+    "kernel_components": 0,
+    "kernel_gamma": 0.5,
 }
 LABELS = (np.arange(208) % 26).astype(np.uint8)
 RNG = np.random.default_rng(0)
@@ -53,14 +58,43 @@ def test_chunks_and_votes(k: int, weights: str) -> None:
     given = (lambda distances: distances**-2.0) if weights == "squared" else weights
     peer = KNeighborsClassifier(k, weights=given).fit(VECTORS, LABELS)
     for neighbours in (whole, chunked):
-        assert neighbours.vote(weights).dtype == np.float32
-        np.testing.assert_allclose(neighbours.vote(weights), peer.predict_proba(QUERIES), atol=1e-5)
+        votes = neighbours.vote(k, weights)
+        assert votes.dtype == np.float32
+        np.testing.assert_allclose(votes, peer.predict_proba(QUERIES), atol=1e-5)
+        # Law: the votes of fewer neighbours are those of a search for fewer.
+        np.testing.assert_allclose(neighbours.vote(1, weights), search(1).vote(1, weights))
+
+
+def test_the_best_count_and_weights_are_found_for_nothing() -> None:
+    neighbours, truth = search(25, 60), RNG.integers(0, 26, len(QUERIES)).astype(np.uint8)
+    counts, weights = [1, 2, 7, 25], ["uniform", "sixth"]
+    found = neighbours.price(truth, counts, weights)
+    accuracies = {
+        (k, weight): (neighbours.vote(k, weight).argmax(axis=1) == truth).mean()
+        for k in counts
+        for weight in weights
+    }
+    # Law: no count and weighting is better, and what is said to be theirs is their accuracy.
+    assert found.accuracy == max(accuracies.values())
+    assert found.accuracy == accuracies[found.n_neighbors, found.weights]
+
+
+@pytest.mark.parametrize("shrinkage", [0.01, 0.5])
+def test_discriminants_are_fishers(shrinkage: float) -> None:
+    features = VECTORS + np.eye(26, 6, dtype=np.float32)[LABELS]
+    axes = discriminants(features, LABELS, shrinkage)
+    # As the textbook has them: the eigenvectors of the scatter between and inside of the classes.
+    means = np.stack([features[LABELS == i].mean(axis=0) for i in range(26)])
+    inside = np.cov((features - means[LABELS]).T, bias=True)
+    inside = (1 - shrinkage) * inside + shrinkage * np.trace(inside) / 6 * np.eye(6)
+    expected = eigh(np.cov(means.T, bias=True), inside)[1].T[::-1]
+    np.testing.assert_allclose(np.abs(axes), np.abs(expected), rtol=1e-3, atol=1e-3)
 
 
 def test_a_letter_that_is_known() -> None:
     neighbours = Neighbours(VECTORS, 5)
     neighbours.add(VECTORS, LABELS)
-    votes = neighbours.vote("distance")
+    votes = neighbours.vote(5, "distance")
     # Law: a letter at distance 0 outvotes all others, and divides nothing by 0.
     np.testing.assert_allclose(votes[np.arange(len(LABELS)), LABELS], 1, atol=1e-3)
 
@@ -143,6 +177,8 @@ def test_gradients_point_to_the_ink() -> None:
         ({"features": "gradients", "n_components": 20}, 20),
         ({"features": "gradients", "lda_shrinkage": 0.3}, 25),
         ({"lda_shrinkage": 0.3, "n_components": 20}, 25),  # then PCA is not needed
+        ({"lda_shrinkage": 0.3, "kernel_components": 200}, 25),
+        ({"kernel_components": 200}, 784),  # a kernel is for LDA alone
     ],
 )
 def test_embedding(change: dict[str, object], n_columns: int) -> None:
@@ -164,6 +200,22 @@ def test_lda_brings_letters_of_a_kind_together() -> None:
     same = LABELS[:, None] == LABELS
     # Law: the farthest of the same kind is nearer than the nearest of another.
     assert distances[same].max() < distances[~same].min()
+
+
+def test_a_kernel_bends_the_borders_of_lda() -> None:
+    rings = RNG.normal(size=(400, 8)).astype(np.float32)
+    rings /= np.linalg.norm(rings, axis=1, keepdims=True)
+    rings[200:] *= 0.2  # one class lies inside of the other, and their means are one
+    labels = (np.arange(400) >= 200).astype(np.uint8)
+    mapped = RBFSampler(gamma=0.5, n_components=200, random_state=0).fit_transform(rings)
+
+    def overlap(features: Floats) -> float:
+        on_axis = (features @ discriminants(features, labels, 0.01).T)[:, 0]
+        low, high = sorted((on_axis[:200], on_axis[200:]), key=np.mean)
+        return float(np.mean(low[:, None] >= high))
+
+    assert overlap(rings) > 0.2
+    assert overlap(mapped) == 0
 
 
 @pytest.mark.parametrize("change", [{}, {"n_components": 20}, knn.PRIORS[0]])

@@ -1,5 +1,8 @@
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import cast
 
+import optuna
 import pytest
 from optuna.distributions import FloatDistribution, IntDistribution
 
@@ -10,27 +13,43 @@ SPACE = {
     "depth": Param(2, IntDistribution(1, 9)),
     "rate": Param(0.1, FloatDistribution(0.01, 1.0, log=True)),
 }
-DISTRIBUTIONS = {name: param.distribution for name, param in SPACE.items()}
+PRIOR = {"depth": 7, "rate": 0.5}
+MODEL = cast(ModuleType, SimpleNamespace(PARAMS=SPACE, PRIORS=[PRIOR]))
+
+
+def _ask(study: optuna.Study) -> optuna.Trial:
+    return search.ask(study, SPACE, {})
 
 
 def _proposals(folder: Path, name: str, seed: int, n_trials: int = 15) -> list[dict[str, object]]:
-    study = search.open_study(name, SPACE, seed, folder)
+    study = search.open_study(name, seed, folder)
     for _ in range(n_trials):
-        trial = study.ask(fixed_distributions=DISTRIBUTIONS)
+        trial = _ask(study)
         study.tell(trial, trial.params["rate"])
     return [trial.params for trial in study.trials]
 
 
-def test_trial_0_is_the_defaults(tmp_path: Path) -> None:
-    assert _proposals(tmp_path, "a", seed=0, n_trials=1) == [{"depth": 2, "rate": 0.1}]
+def test_what_is_fixed_is_proposed_and_the_rest_is_searched(tmp_path: Path) -> None:
+    study = search.open_study("a", 0, tmp_path)
+    trials = [search.ask(study, SPACE, {"depth": 7}) for _ in range(4)]
+    assert [trial.params["depth"] for trial in trials] == [7] * 4
+    assert len({trial.params["rate"] for trial in trials}) == 4
+    # Law: what was fixed for one trial is not fixed for the next.
+    assert len({_ask(study).params["depth"] for _ in range(9)}) > 1
 
 
-def test_priors_come_next(tmp_path: Path) -> None:
-    prior = {"depth": 7, "rate": 0.5}
-    study = search.open_study("a", SPACE, 0, tmp_path, [prior])
-    asked = [study.ask(fixed_distributions=DISTRIBUTIONS).params for _ in range(2)]
-    assert asked == [{"depth": 2, "rate": 0.1}, prior]
-    assert search.proposals(SPACE, 0, 2, [prior]) == asked
+def test_the_defaults_come_first_and_the_priors_next() -> None:
+    first, second, third = search.proposals(MODEL, 0, 3, {})
+    assert [first, second] == [{"depth": 2, "rate": 0.1}, PRIOR]
+    assert third not in (first, second)
+    assert [params["depth"] for params in search.proposals(MODEL, 0, 3, {"depth": 9})] == [9, 9, 9]
+
+
+def test_later_trials_have_what_is_fixed_and_the_first_priors_late_values() -> None:
+    member = SimpleNamespace(**vars(MODEL), FIXED={"depth": 3}, LATE=("rate",))
+    assert search.screened(cast(ModuleType, member), 2) == {"depth": 3, "rate": 0.5}
+    member.PRIORS = []
+    assert search.screened(cast(ModuleType, member), 1) == {"depth": 3, "rate": 0.1}
 
 
 def test_the_seed_decides_what_is_proposed(tmp_path: Path) -> None:
@@ -41,9 +60,9 @@ def test_the_seed_decides_what_is_proposed(tmp_path: Path) -> None:
 
 def test_a_continued_study_draws_other_trials_and_leaves_none_running(tmp_path: Path) -> None:
     first = _proposals(tmp_path, "a", seed=0, n_trials=3)
-    search.open_study("a", SPACE, 0, tmp_path).ask(fixed_distributions=DISTRIBUTIONS)
-    study = search.open_study("a", SPACE, 0, tmp_path)
-    trial = study.ask(fixed_distributions=DISTRIBUTIONS)
+    _ask(search.open_study("a", 0, tmp_path))
+    study = search.open_study("a", 0, tmp_path)
+    trial = _ask(study)
     # The trial that was running has failed, and what comes now was not proposed before.
     assert [trial.state.name for trial in study.trials] == [*["COMPLETE"] * 3, "FAIL", "RUNNING"]
     assert trial.params not in [*first, study.trials[3].params]
@@ -59,10 +78,6 @@ def test_a_study_opens_behind_a_torn_line_and_a_lock_that_nobody_holds(tmp_path:
     assert len(_proposals(tmp_path, "a", seed=0, n_trials=1)) == 5
 
 
-def test_a_plan_sees_what_a_study_proposes_first(tmp_path: Path) -> None:
-    assert search.proposals(SPACE, 0, 5) == _proposals(tmp_path, "a", seed=0, n_trials=5)
-
-
 @pytest.mark.parametrize(
     ("n_steps", "expected"),
     [(1, 1.0), (2, 1 + 1 / 3), (3, 1 + 2 / 3), (10, 1 + 2 / 3 + 6 / 9 + 1 / 27)],
@@ -72,10 +87,10 @@ def test_one_trial_in_three_goes_on_at_each_rung(n_steps: int, expected: float) 
 
 
 def test_importances_sum_to_one_and_find_what_matters(tmp_path: Path) -> None:
-    study = search.open_study("a", SPACE, 0, tmp_path)
+    study = search.open_study("a", 0, tmp_path)
     assert search.importances(study) == {}
     for _ in range(20):
-        trial = study.ask(fixed_distributions=DISTRIBUTIONS)
+        trial = _ask(study)
         study.tell(trial, trial.params["rate"])
     shares = search.importances(study)
     assert abs(sum(shares.values()) - 1) < 1e-6

@@ -19,7 +19,7 @@ from steps import SWEEP, arguments, artifacts, left_until, runs, toy, wait
 
 from pipeline import models
 from pipeline.spec import UserError
-from sweeps import engine, sweep
+from sweeps import engine, phases, sweep
 from sweeps.budget import Ledger, own_cpu_seconds
 
 FIGURES = {
@@ -51,7 +51,7 @@ class Sweeps:
         self.add(models, "toy", source)
         minutes = (own_cpu_seconds() + cpu_seconds) / 60
         self.patch.setattr(engine.Engine, "left", left_until(n_trials))
-        self.patch.setattr(engine, "GRANT_SHARE", GRANT / (60 * minutes))
+        self.patch.setattr(phases, "GRANT_SHARE", GRANT / (60 * minutes))
         options = SWEEP | {"model": "toy", "cpu_minutes": minutes}
         sweep.main(arguments(self.options | options | more))
 

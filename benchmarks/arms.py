@@ -1,0 +1,337 @@
+"""The tuners that people would pick, each as its documentation shows it, on one objective.
+
+Each runs until it is killed: ``benchmarks.peers`` watches its CPU-seconds. An evaluation is one fit
+by the project's own train function; whoever asks for it gets the accuracy on ``val`` after each
+step. What it found is a line in a file.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from pipeline import models, registry
+from pipeline.bill import METER
+from pipeline.spec import Dataset, Param, Params, Part
+
+EPOCHS = 10  # of a whole fit, as the deck has it
+# What a user of these tuners would search: the deck's network, and how Adam trains it.
+PLAIN = {
+    "cnn": ("filters", "kernel_size", "dense_units", "dropout", "learning_rate", "batch_size"),
+    "lstm": ("units", "bidirectional", "dense_units", "dropout", "learning_rate", "batch_size"),
+    "knn": ("n_neighbors", "weights", "deskew", "blur", "n_components"),
+}
+Report = Callable[[int, float], bool]
+
+
+class Objective:
+    """One evaluation: a fit, its accuracy on val, and a line in ``found.jsonl``."""
+
+    def __init__(self, model: str, root: str, seed: int, whole: bool, policy: str, folder: str):
+        """``whole``: each tuner with its own recipe; else all with the project's space."""
+        self.member = registry.load(models, model)
+        self.data = Dataset.open(Path(root))
+        self.seed, self.folder = seed, Path(folder)
+        self.made_of = (model, root, seed, whole, policy, folder)
+        space: Mapping[str, Param] = self.member.PARAMS
+        self.fixed = {name: param.default for name, param in space.items()}
+        searched = [name for name in space if name not in ("epochs", "dtype_policy")]
+        if whole:
+            searched = [name for name in searched if name in PLAIN[model]]
+        elif "dtype_policy" in space:
+            self.fixed["dtype_policy"] = policy
+        self.space = {name: space[name].distribution for name in searched}
+        self.has_epochs = "epochs" in space
+
+    def __call__(
+        self, params: Params, epochs: int = EPOCHS, report: Report = lambda step, value: False
+    ) -> float:
+        """The last accuracy on val; ``report`` may stop the fit after any step."""
+        params = self.fixed | dict(params)
+        if self.has_epochs:
+            params["epochs"] = epochs
+        values: list[float] = []
+
+        def note(step: int, value: float) -> bool:
+            values.append(value)
+            return report(step, value)
+
+        before = METER.seconds().get("fit", 0.0)
+        with METER.charge("fit"):
+            train, val = self.data.part("train"), self.data.part("val")
+            fitted = self.member.fit(params, train, val, self.seed, note)
+        fit = METER.seconds()["fit"] - before
+        self._record(fitted, values[-1], fit, params)
+        return values[-1]
+
+    def _record(self, fitted: Any, value: float, fit: float, params: Params) -> None:
+        began, test_accuracy = time.process_time(), None
+        path = self.folder / "found.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        if value > max((json.loads(line)["val"] for line in lines), default=0.0):
+            test = self.data.part("test")
+            test_accuracy = accuracy(fitted.predict(test.images), test)
+        line = {"val": value, "test": test_accuracy, "fit": fit, "params": params}
+        # The look at test is the benchmark's: the watchdog does not count it.
+        line["uncounted"] = time.process_time() - began
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def accuracy(probabilities: Any, part: Part) -> float:
+    """Share of a part's letters that are guessed."""
+    return float(np.mean(probabilities.argmax(axis=1) == part.labels))
+
+
+def drawn(space: Mapping[str, Any], rng: np.random.Generator) -> Params:
+    """Hyperparameters at random, each by its distribution."""
+    sampler = optuna.samplers.RandomSampler(seed=int(rng.integers(2**31)))
+    study = optuna.create_study(sampler=sampler)
+    return study.ask(fixed_distributions=dict(space)).params
+
+
+def deck(objective: Objective, seed: int) -> None:
+    """The deck's model, as it is, once."""
+    objective({})
+
+
+def random(objective: Objective, seed: int) -> None:
+    """Whole fits of random hyperparameters."""
+    rng = np.random.default_rng(seed)
+    while True:
+        objective(drawn(objective.space, rng))
+
+
+def random_top(objective: Objective, seed: int, budget: float) -> None:
+    """Random ones for a step each, for half of the budget; then the best of them in full."""
+    rng, screened = np.random.default_rng(seed), []
+    while time.process_time() < budget / 2:
+        params = drawn(objective.space, rng)
+        screened.append((objective(params, 1, lambda step, value: True), len(screened), params))
+    for _, _, params in sorted(screened, key=lambda one: -one[0]):
+        objective(params)
+
+
+def optuna_median(objective: Objective, seed: int) -> None:
+    """``study.optimize`` with TPE and the median pruner."""
+    study = optuna.create_study(
+        direction="maximize",
+        sampler=optuna.samplers.TPESampler(seed=seed),
+        pruner=optuna.pruners.MedianPruner(),
+    )
+
+    def evaluate(trial: optuna.Trial) -> float:
+        params = {name: trial._suggest(name, space) for name, space in objective.space.items()}
+
+        def report(step: int, value: float) -> bool:
+            trial.report(value, step)
+            return trial.should_prune()
+
+        value = objective(params, report=report)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+        return value
+
+    study.optimize(evaluate)
+
+
+def keras_hyperband(objective: Objective, seed: int) -> None:
+    """KerasTuner's Hyperband; a round of more epochs is a whole schedule of its own."""
+    import keras_tuner
+
+    class Tuner(keras_tuner.Hyperband):  # type: ignore[misc]
+        def run_trial(self, trial: Any, *given: Any, **named: Any) -> float:
+            chosen = trial.hyperparameters
+            params = {name: chosen.get(name) for name in objective.space}
+            return objective(params, max(1, int(chosen.values.get("tuner/epochs", EPOCHS))))
+
+        def load_model(self, trial: Any) -> None:
+            return None
+
+    hyperparameters = keras_tuner.HyperParameters()
+    for name, space in objective.space.items():
+        if isinstance(space, CategoricalDistribution):
+            hyperparameters.Choice(name, list(space.choices))
+        elif isinstance(space, IntDistribution):
+            hyperparameters.Int(name, space.low, space.high, step=space.step)
+        else:
+            sampling = "log" if space.log else "linear"
+            hyperparameters.Float(name, space.low, space.high, sampling=sampling)
+    tuner = Tuner(
+        hypermodel=lambda hp: None,
+        hyperparameters=hyperparameters,
+        tune_new_entries=False,
+        objective=keras_tuner.Objective("default_objective", "max"),
+        max_epochs=EPOCHS,
+        hyperband_iterations=1000,
+        seed=seed,
+        directory=str(objective.folder / "keras_tuner"),
+    )
+    tuner.search()
+
+
+def ray_asha(objective: Objective, seed: int) -> None:
+    """Ray Tune: Optuna's search under ASHA, one trial at a time on one core."""
+    import ray
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search import ConcurrencyLimiter
+    from ray.tune.search.optuna import OptunaSearch
+
+    given = objective.made_of  # an Objective itself cannot be sent to another process
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+
+    def evaluate(config: Params) -> None:
+        mine = Objective(*given)
+
+        def report(step: int, value: float) -> bool:
+            tune.report({"value": value})
+            return False
+
+        mine(config, report=report)
+
+    searcher = OptunaSearch(
+        {name: space for name, space in objective.space.items()},
+        metric="value",
+        mode="max",
+        seed=seed,
+    )
+    tune.Tuner(
+        tune.with_resources(evaluate, {"cpu": 1}),
+        tune_config=tune.TuneConfig(
+            metric="value",
+            mode="max",
+            search_alg=ConcurrencyLimiter(searcher, max_concurrent=1),
+            scheduler=ASHAScheduler(max_t=EPOCHS, grace_period=1),
+            num_samples=100_000,
+        ),
+        run_config=tune.RunConfig(storage_path=str(objective.folder.absolute() / "ray"), verbose=0),
+    ).fit()
+
+
+def flaml_blend(objective: Objective, seed: int) -> None:
+    """FLAML's BlendSearch from a cheap start, with epochs as the resource that grows."""
+    from flaml import tune
+
+    config: dict[str, Any] = {}
+    for name, space in objective.space.items():
+        if isinstance(space, CategoricalDistribution):
+            config[name] = tune.choice(list(space.choices))
+        elif isinstance(space, IntDistribution):
+            config[name] = tune.randint(space.low, space.high + 1)
+        else:
+            draw = tune.loguniform if space.log else tune.uniform
+            config[name] = draw(space.low, space.high)
+    cheap = {
+        name: space.low
+        for name, space in objective.space.items()
+        if isinstance(space, IntDistribution) and name in ("filters", "units", "dense_units")
+    }
+
+    def evaluate(config: Params) -> dict[str, float]:
+        params = {name: _stepped(objective.space[name], value) for name, value in config.items()}
+        return {"value": objective(params)}
+
+    np.random.seed(seed)
+    tune.run(
+        evaluate,
+        config=config,
+        low_cost_partial_config=cheap,
+        metric="value",
+        mode="max",
+        num_samples=-1,
+        time_budget_s=10**6,
+        use_ray=False,
+        verbose=0,
+    )
+
+
+def _stepped(space: Any, value: Any) -> Any:
+    """FLAML knows no steps: the nearest value below that the space has."""
+    if isinstance(space, IntDistribution):
+        return int(space.low + (value - space.low) // space.step * space.step)
+    if isinstance(space, FloatDistribution) and space.step:
+        return space.low + (value - space.low) // space.step * space.step
+    return value
+
+
+def ours(model: str, root: Path, seed: int, budget: float, whole: bool) -> None:
+    """The project's sweep. Without its recipe: no priors, nothing fixed, all hyperparameters."""
+    from pipeline import prep
+    from sweeps import sweep
+
+    member = registry.load(models, model)
+    if not whole:
+        for name, nothing in {"PRIORS": [], "FIXED": {}, "LATE": ()}.items():
+            setattr(member, name, nothing)
+    prep.ensure = lambda **options: Dataset.open(root)  # type: ignore[assignment]
+    options = {
+        "dataset": "strokes",  # not read: the letters are there
+        "archive": "default",
+        "n_train": "40000",
+        "data_dir": "data",
+        "model": model,
+        "seed": seed,
+        "precision": "auto",
+        "cpu_minutes": budget / 60,
+        "workers": 1,
+        "study": "auto",
+        "plan": "false",
+    }
+    sweep.main([word for name, value in options.items() for word in (f"--{name}", str(value))])
+
+
+def told(root: str) -> None:
+    """Print, as JSON, what our sweep's trials have found, and what its model does on test."""
+    import mlflow
+    import pandas as pd
+
+    (sweep,) = mlflow.search_runs(
+        experiment_ids=["0"], filter_string="tags.step = 'sweep'", output_format="list"
+    )
+    path = mlflow.artifacts.download_artifacts(run_id=sweep.info.run_id, artifact_path="trials.csv")
+    best = mlflow.get_run(sweep.data.tags["best_run_id"])
+    test = Dataset.open(Path(root)).part("test")
+    model = mlflow.pyfunc.load_model(best.data.tags["model_uri"])
+    test_accuracy = accuracy(np.asarray(model.predict(np.asarray(test.images))), test)
+    trials = [
+        {
+            "val": trial.val_accuracy,
+            "test": test_accuracy if trial.run_id == best.info.run_id else None,
+            "fit": trial.fit_cpu_seconds,
+            "cpu": trial.spent_cpu_seconds,
+            "chosen": trial.run_id == best.info.run_id,
+        }
+        for trial in pd.read_csv(path).fillna({"val_accuracy": 0.0}).itertuples()
+    ]
+    print(json.dumps(trials))
+
+
+ARMS: dict[str, Callable[..., None]] = {
+    "deck": deck,
+    "random": random,
+    "random_top": random_top,
+    "optuna_median": optuna_median,
+    "keras_hyperband": keras_hyperband,
+    "ray_asha": ray_asha,
+    "flaml_blend": flaml_blend,
+}
+
+
+def run(
+    arm: str, model: str, root: str, seed: int, budget: float, whole: bool, policy: str
+) -> None:
+    """One arm in this process, until it ends or is killed."""
+    METER.loaded()
+    if arm == "ours":
+        ours(model, Path(root), seed, budget, whole)
+        return
+    objective = Objective(model, root, seed, whole, policy, os.getcwd())
+    more = {"budget": budget} if arm == "random_top" else {}
+    ARMS[arm](objective, seed, **more)

@@ -1,0 +1,193 @@
+"""Accuracy for the same CPU-seconds: this project's sweep beside the tuners people would pick.
+
+    python -m benchmarks.peers --archive letters-emnist-layout.zip --models cnn --budgets 300
+
+Two comparisons: ``search`` (all have the project's space and its train function, and our sweep has
+no priors) and ``whole`` (each tuner as its documentation shows it on the deck's network, and our
+sweep as it is). Every arm is a process of its own on one worker. A watchdog adds up CPU-seconds, of
+it and of all its children, imports included, and kills it at the budget; its result is the fit with
+the best accuracy on ``val`` that had ended by then. Rows that ``results/peers.csv`` has already are
+not run again. The tuners' packages are in ``benchmarks/requirements.txt``.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks import arms
+from pipeline import models as all_models
+from pipeline import precision, prep, registry
+from sweeps import processes
+from sweeps.nursery import ONE_THREAD
+
+RESULTS = Path(__file__).parent / "results"
+KEYS = ["comparison", "model", "budget", "arm", "seed"]
+FEW = ("deck", "random", "random_top", "optuna_median")  # the arms for other models than the CNN
+LEVELS = {"cnn": 0.878, "lstm": 0.870, "knn": 0.812}  # the deck's models', on these letters' test
+POLL_SECONDS = 0.2
+OVERTIME = 1.05  # of the budget: ours ends itself, and is killed only if it does not
+
+
+def planned(args: argparse.Namespace) -> Iterator[tuple[str, str, int, str, int]]:
+    for budget, seed, model, comparison in itertools.product(
+        args.budgets, range(args.seeds), args.models, args.comparisons
+    ):
+        names = ["ours", *(arms.ARMS if model == "cnn" else FEW)]
+        for arm in names:
+            if not args.arms or arm in args.arms:
+                yield comparison, model, budget, arm, seed
+
+
+def run(key: tuple[str, str, int, str, int], root: Path, policy: str) -> dict[str, Any]:
+    """One row: an arm under the watchdog, and what it had found when its budget was spent."""
+    comparison, model, budget, arm, seed = key
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | ONE_THREAD
+        environment |= {
+            "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        }
+        code = (
+            "from benchmarks.arms import run; "
+            f"run({arm!r}, {model!r}, {str(root)!r}, {seed}, {budget}, {comparison == 'whole'}, "
+            f"{policy!r})"
+        )
+        with (Path(folder) / "log").open("wb") as log:
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            child = subprocess.Popen(
+                [sys.executable, "-c", code], cwd=folder, env=environment, stdout=log, stderr=log
+            )
+            found, spent, ended = _watch(child, Path(folder) / "found.jsonl", budget, arm)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        total = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        text = (Path(folder) / "log").read_text(errors="replace")
+        if arm == "ours":
+            found, uncounted = _ours(folder, root, environment), 0.0
+        else:
+            uncounted = sum(one["uncounted"] for one in found)
+        if ended and child.returncode and arm != "deck":
+            raise RuntimeError(f"{key} ended with {child.returncode}:\n{text[-3000:]}")
+    within = [one for one in found if one["cpu"] <= budget]
+    # Ours says which model it chose: the race's winner, not the luckiest trial.
+    best = max(within, key=lambda one: (one.get("chosen", False), one["val"]), default=None)
+    return dict(zip(KEYS, key, strict=True)) | {
+        "test_accuracy": best["test"] if best else 1 / 26,
+        "val_accuracy": best["val"] if best else 1 / 26,
+        "n_fits": len(within),
+        "reached_deck_at": next(
+            (one["cpu"] for one in within if one["val"] >= LEVELS[model]), np.nan
+        ),
+        "anytime": _anytime(within, budget),
+        "cpu_seconds": total - uncounted,
+        "overrun": max(0.0, (total - uncounted) / budget - 1),
+        "overhead_share": 1 - sum(one["fit"] for one in found) / max(total - uncounted, 1e-6),
+    }
+
+
+def _watch(
+    child: subprocess.Popen[bytes], path: Path, budget: float, arm: str
+) -> tuple[list[dict[str, Any]], float, bool]:
+    """Let an arm run until it ends or has spent its budget; what it found, and when."""
+    found: list[dict[str, Any]] = []
+    limit = budget * (OVERTIME if arm == "ours" else 1.0)
+    while True:
+        time.sleep(POLL_SECONDS)
+        spent = sum(map(processes.cpu_seconds, processes.tree(child.pid)))
+        lines = path.read_text().splitlines() if path.exists() else []
+        for line in lines[len(found) :]:
+            one = json.loads(line)
+            earlier = sum(other["uncounted"] for other in found)
+            found.append(one | {"cpu": spent - earlier - one["uncounted"]})
+        uncounted = sum(one["uncounted"] for one in found)
+        ended = child.poll() is not None
+        if ended or spent - uncounted > limit:
+            processes.kill_tree(child.pid)
+            child.wait()
+            _reap()
+            return found, spent - uncounted, ended
+
+
+def _reap() -> None:
+    """Kill and wait for what a killed arm has left: daemons come to us, who adopt orphans."""
+    while left := processes.children(os.getpid()):
+        for pid in left:
+            processes.kill_tree(pid)
+            os.waitpid(pid, 0)
+
+
+def _ours(folder: str, root: Path, environment: dict[str, str]) -> list[dict[str, Any]]:
+    """What our sweep found: its trials as they ended, with its own choice's accuracy on test."""
+    code = f"from benchmarks.arms import told; told({str(root)!r})"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, check=True)
+    found: list[dict[str, Any]] = json.loads(done.stdout.decode().splitlines()[-1])
+    return found
+
+
+def _anytime(found: Sequence[dict[str, Any]], budget: float) -> float:
+    """Area under the best accuracy on val so far, over the logarithm of CPU-seconds, from 1 %."""
+    grid = np.geomspace(budget / 100, budget, 200)
+    best = [max((one["val"] for one in found if one["cpu"] <= at), default=1 / 26) for at in grid]
+    return float(np.mean(best))
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds of each arm, with the standard deviation of its accuracy on test."""
+    grouped = rows.groupby([key for key in KEYS if key != "seed"], sort=False)
+    means = grouped[
+        ["test_accuracy", "n_fits", "reached_deck_at", "anytime", "overrun", "overhead_share"]
+    ].mean()
+    means.insert(1, "test_std", grouped["test_accuracy"].std())
+    means.insert(0, "n_seeds", grouped.size())
+    order = ["comparison", "model", "budget", "test_accuracy"]
+    return means.reset_index().sort_values(order, ascending=[True, True, True, False])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--archive", required=True)
+    parser.add_argument("--models", nargs="+", default=["cnn", "lstm", "knn"])
+    parser.add_argument("--budgets", nargs="+", type=int, default=[300, 900])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--comparisons", nargs="+", default=["search", "whole"])
+    parser.add_argument("--arms", nargs="*")
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th row from the i-th")
+    parser.add_argument("--output", type=Path, default=RESULTS / "peers.csv")
+    args = parser.parse_args()
+    for name in args.models:
+        registry.load(all_models, name)
+    data = prep.ensure(
+        dataset="emnist_letters", archive=args.archive, n_train=40_000, data_dir="data"
+    )
+    space = registry.load(all_models, "cnn").PARAMS
+    policy = precision.POLICIES[precision.resolve(precision.AUTO, space)]
+    processes.adopt_orphans()
+    shard, n_shards = map(int, args.shard.split("/"))
+    for key in list(planned(args))[shard::n_shards]:
+        rows = pd.read_csv(args.output) if args.output.exists() else pd.DataFrame(columns=KEYS)
+        if (rows[KEYS] == list(key)).all(axis=1).any():
+            continue
+        row = run(key, data.root.absolute(), policy)
+        header = not args.output.exists()
+        pd.DataFrame([row]).to_csv(args.output, mode="a", header=header, index=False)
+        print(*key, f"{row['test_accuracy']:.4f} in {row['cpu_seconds']:.0f} CPU-s", flush=True)
+    print(table(pd.read_csv(args.output)).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""How the networks are trained: hyperparameters that they share. The defaults are the deck's."""
+
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from pipeline.spec import Param, Params
+
+PARAMS = {
+    "learning_rate": Param(1e-3, FloatDistribution(5e-4, 4e-2, log=True)),  # of Adam, the highest
+    "batch_size": Param(32, CategoricalDistribution((32, 64, 128, 256))),
+    "epochs": Param(10, IntDistribution(1, 40)),
+    # Cosine: up for a tenth of the fit, then down to 0 at its last batch.
+    "schedule": Param("constant", CategoricalDistribution(("constant", "cosine"))),
+    "weight_decay": Param(0.0, FloatDistribution(0.0, 0.2)),  # of AdamW; kernels only
+    "label_smoothing": Param(0.0, FloatDistribution(0.0, 0.2)),
+    "dropout": Param(0.0, FloatDistribution(0.0, 0.5)),  # before the output
+    # Strength of random distortions; a fit of fewer than 10 epochs gets proportionally less.
+    "augment": Param(0.0, FloatDistribution(0.0, 1.5)),
+    "average": Param(0.0, CategoricalDistribution((0.0, 0.99, 0.998))),  # of weights; 0 is none
+    "dtype_policy": Param("float32", CategoricalDistribution(("float32", "mixed_bfloat16"))),
+}
+STEPS = "epochs"
+LATE = ("weight_decay", "label_smoothing", "dropout", "augment")
+FIXED: Params = {"schedule": "cosine", "average": 0.0}
+PRIOR: Params = FIXED | {
+    "learning_rate": 1e-2,
+    "batch_size": 64,
+    "epochs": 10,
+    "weight_decay": 0.05,
+    "label_smoothing": 0.1,
+    "dropout": 0.2,
+    "augment": 1.0,
+    "dtype_policy": "float32",
+}

@@ -1,0 +1,222 @@
+"""Which trial comes next: screen, race, confirm.
+
+A model whose fit can be of any length (``STEPS`` names the hyperparameter that says so) is tuned
+in three phases. *Screen*: many sets of hyperparameters, each for one step. *Race*: the best of them
+for as many steps as their share of the budget pays for. *Confirm*: the winner under other seeds.
+For any other model TPE proposes, and successive halving stops, until the budget is spent.
+"""
+
+import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import optuna
+from optuna.trial import TrialState
+
+from pipeline.spec import Params
+from sweeps import search
+from sweeps.budget import GRANT_SHARE
+from sweeps.trial import Outcome
+
+SCREEN_SHARE = 0.2  # of the budget
+COST_EXPONENT = 0.3  # an error of x at twice the cost is as good as one of 2^0.3 x
+MARGIN = 0.92  # of a grant that is planned with: CPU-seconds vary with what else runs
+LENGTH = 2.5  # whole fits are sqrt(steps that the budget pays for) / LENGTH; the rest is theirs
+MAX_CONFIRMING = 2  # further seeds of the winner
+N_SAFE = 2  # racing trials that keep the late hyperparameters of the screen
+
+Trial = optuna.trial.FrozenTrial
+
+
+class Proposal(NamedTuple):
+    """A trial to start, with the seed and the grant (CPU-seconds) that it is to have."""
+
+    trial: optuna.Trial
+    phase: str
+    seed: int
+    grant: float
+
+
+class Shares(NamedTuple):
+    """How what the screen has left is spent: so many fits that race, each with so much of it."""
+
+    n_racing: int
+    n_confirming: int
+    cpu_seconds: float
+
+
+def shares(left: float, step: float, extra: float, max_steps: int) -> Shares:
+    """Whole fits that ``left`` CPU-seconds pay for, where a step of a good one takes ``step``.
+
+    Both grow with the square root of the budget: the number of fits, and their length. ``extra``
+    is what a fit costs beside its steps; more than ``max_steps`` steps serve no fit.
+    """
+    n_steps = left / max(step, 1e-6)
+    n_fits = max(1, round(math.sqrt(n_steps) / LENGTH), round(left / (max_steps * step + extra)))
+    n_confirming = min(MAX_CONFIRMING, max(0, n_fits - 2))
+    return Shares(n_fits - n_confirming, n_confirming, left / n_fits)
+
+
+def max_steps(member: ModuleType) -> int:
+    """The longest fit that a model's ``STEPS`` allows."""
+    return int(member.PARAMS[member.STEPS].distribution.high)
+
+
+class Phases:
+    """Proposes a study's trials; what it needs to know on a resume it keeps in the study."""
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        member: ModuleType,
+        seed: int,
+        cpu_seconds: float,
+        outcomes: Sequence[Outcome],
+        everywhere: Params,
+    ) -> None:
+        """``cpu_seconds`` is the whole budget; ``outcomes`` grows while trials end.
+
+        Every trial has the hyperparameters ``everywhere``.
+        """
+        self.study, self.member, self.seed, self.total = study, member, seed, cpu_seconds
+        self.outcomes, self.everywhere = outcomes, everywhere
+        self.steps: str | None = getattr(member, "STEPS", None)
+
+    def next(self, left: float, price: float) -> Proposal | None:
+        """The next trial, or None where none can be paid for, or none as long as others run.
+
+        ``left`` CPU-seconds are free; a first step takes up to ``price``, with all around it.
+        """
+        if self.steps is None:
+            return self._screen("search", left) if left > price else None
+        begun = self._begun("screen")
+        if left > price and (not begun or self._spent(begun) < SCREEN_SHARE * self.total):
+            return self._screen("screen", left)
+        if any(trial.state == TrialState.RUNNING for trial in begun):
+            return None
+        return self._whole(left)
+
+    # ---- the phases
+
+    def _screen(self, phase: str, left: float) -> Proposal:
+        n_begun = len(self._begun(phase, every_round=True))
+        fixed = search.screened(self.member, n_begun) | self.everywhere
+        return self._propose(fixed, phase, self.seed, min(left, GRANT_SHARE * self.total))
+
+    def _whole(self, left: float) -> Proposal | None:
+        """A trial of the race, or one that confirms its winner."""
+        screened = self._screened()
+        if not screened:
+            return None
+        plan = self._plan(screened[0], left)
+        racing, confirming = self._begun("race"), self._begun("confirm")
+        n_left = plan.n_racing + plan.n_confirming - len(racing) - len(confirming)
+        if n_left <= 0:
+            return None
+        grant = max(left - (n_left - 1) * plan.cpu_seconds, min(left, plan.cpu_seconds))
+        if len(racing) < plan.n_racing:
+            return self._race(screened[len(racing) % len(screened)], len(racing), grant)
+        if any(trial.state == TrialState.RUNNING for trial in racing):
+            return None
+        winner = self.winner()
+        if winner is None or left < MARGIN * winner.cpu_seconds:
+            return None
+        seed = self.seed + 1 + len(confirming)
+        return self._propose(self._params(winner.number), "confirm", seed, grant)
+
+    def _race(self, screened: Outcome, place: int, grant: float) -> Proposal | None:
+        """The ``place``-th trial of the race, for as many steps as the grant pays for."""
+        assert self.steps is not None
+        step = _step(screened)
+        extra = screened.cpu_seconds - step
+        n_steps = math.floor((MARGIN * grant - extra) / step)
+        if n_steps < 1:
+            return None
+        fixed = self._params(screened.number)
+        fixed[self.steps] = min(n_steps, max_steps(self.member))
+        if place >= N_SAFE:
+            for name in getattr(self.member, "LATE", ()):
+                del fixed[name]
+        return self._propose(fixed, "race", self.seed, grant)
+
+    def _propose(self, fixed: Params, phase: str, seed: int, grant: float) -> Proposal:
+        trial = search.ask(self.study, self.member.PARAMS, fixed)
+        for name, value in {"phase": phase, "round": self.total, "seed": seed}.items():
+            trial.set_user_attr(name, value)
+        return Proposal(trial, phase, seed, grant)
+
+    # ---- what has been
+
+    def _begun(self, phase: str, every_round: bool = False) -> list[Trial]:
+        """This budget's trials of a phase, but for those that failed: they left their share."""
+        return [
+            trial
+            for trial in self.study.get_trials(deepcopy=False)
+            if trial.user_attrs.get("phase") == phase
+            and (every_round or trial.user_attrs["round"] == self.total)
+            and (phase in ("screen", "search") or trial.state != TrialState.FAIL)
+        ]
+
+    def _spent(self, trials: Sequence[Trial]) -> float:
+        """CPU-seconds of trials; one that still runs counts as the others do on average."""
+        numbers = {trial.number for trial in trials}
+        costs = [one.cpu_seconds for one in self.outcomes if one.number in numbers]
+        return len(trials) * float(np.mean(costs)) if costs else 0.0
+
+    def _screened(self) -> list[Outcome]:
+        """What the screen has shown, best first: low error at low cost, then low error alone.
+
+        The two orders by turns: what learns most for its cost is best for a short fit, and what
+        learns most in a step may be so for a long one.
+        """
+        numbers = {trial.number for trial in self._begun("screen", every_round=True)}
+        fits = [
+            one
+            for one in self.outcomes
+            if one.number in numbers and one.val_accuracy is not None and one.failure is None
+        ]
+        orders = [
+            sorted(fits, key=lambda one: _error(one) * _step(one) ** exponent)
+            for exponent in (COST_EXPONENT, 0.0)
+        ]
+        by_turns = [one for pair in zip(*orders, strict=True) for one in pair]
+        return list({one.number: one for one in by_turns}.values())
+
+    def _plan(self, best: Outcome, left: float) -> Shares:
+        """The shares of the race, as they were when it began."""
+        key = f"shares of {self.total:g}"
+        if key not in self.study.user_attrs:
+            step = _step(best)
+            found = shares(left, step, best.cpu_seconds - step, max_steps(self.member))
+            self.study.set_user_attr(key, found._asdict())
+        return Shares(**self.study.user_attrs[key])
+
+    def _params(self, number: int) -> Params:
+        return dict(self.study.get_trials(deepcopy=False)[number].params)
+
+    def confirmed(self) -> list[Outcome]:
+        """The race's winner and its further seeds, where they have a model; empty with no race."""
+        winner = self.winner()
+        if winner is None:
+            return []
+        params = self._params(winner.number)
+        numbers = {one.number for one in self._begun("confirm") if one.params == params}
+        again = [one for one in self.outcomes if one.number in numbers and one.model_uri]
+        return [winner, *again]
+
+    def winner(self) -> Outcome | None:
+        """The best of the race, in this round; None where none has a model."""
+        numbers = {trial.number for trial in self._begun("race")}
+        racing = [one for one in self.outcomes if one.number in numbers and one.model_uri]
+        return max(racing, key=lambda one: one.val_accuracy or 0.0, default=None)
+
+
+def _step(screened: Outcome) -> float:
+    """CPU-seconds of a fit's step, from a fit of one."""
+    return max(screened.bill.get("fit", 0.0), 1e-3)
+
+
+def _error(outcome: Outcome) -> float:
+    return 1 - (outcome.val_accuracy or 0.0)

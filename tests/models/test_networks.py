@@ -1,0 +1,154 @@
+"""Laws of the networks: what they are built of, how letters are distorted, how they are trained."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from optuna.distributions import CategoricalDistribution
+
+from pipeline import models, registry
+from pipeline.models import _distort, _keras, cnn
+from pipeline.spec import Params, Part
+
+RNG = np.random.default_rng(0)
+IMAGES = np.zeros((60, 28, 28), np.uint8)
+IMAGES[:, 8:20, 10:18] = RNG.integers(100, 256, (60, 12, 8))
+LETTERS = Part(IMAGES, (np.arange(60) % 26).astype(np.uint8))
+
+
+def choices() -> Iterator[Any]:
+    """Every value of a choice, and both ends of a range, beside each network's defaults."""
+    for model in ("cnn", "lstm"):
+        for name, param in registry.load(models, model).PARAMS.items():
+            space: Any = param.distribution
+            ends = getattr(space, "choices", None) or (space.low, space.high)
+            for value in ends:
+                yield pytest.param(model, {name: value}, id=f"{model}-{name}-{value}")
+        for prior in registry.load(models, model).PRIORS:
+            yield pytest.param(model, prior, id=f"{model}-prior")
+
+
+def params_of(model: str, change: Params) -> Params:
+    defaults = {name: param.default for name, param in registry.load(models, model).PARAMS.items()}
+    return defaults | change
+
+
+@pytest.mark.parametrize(("model", "change"), list(choices()))
+def test_every_choice_builds_a_network(model: str, change: Params) -> None:
+    net = registry.load(models, model).build(params_of(model, change))
+    probabilities = net(IMAGES[:2]).numpy()
+    assert probabilities.shape == (2, 26)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["cnn", "lstm"])
+def test_what_shapes_a_network_changes_it(model: str) -> None:
+    member = registry.load(models, model)
+    weights = {
+        (name, value): member.build(params_of(model, {name: value})).count_params()
+        for name, param in member.PARAMS.items()
+        if isinstance(param.distribution, CategoricalDistribution)
+        and name in ("batch_norm", "separable", "widening", "reading", "bidirectional")
+        for value in param.distribution.choices
+    }
+    sizes = [
+        [size for (other, _), size in weights.items() if other == name]
+        for name in {name for name, _ in weights}
+    ]
+    assert all(len(set(found)) > 1 for found in sizes)
+
+
+def distorted(strength: float, key: int = 1) -> Any:
+    return _distort.distort(IMAGES, strength, np.array([key, 7])).numpy()
+
+
+def test_distortions_are_drawn_by_their_key() -> None:
+    np.testing.assert_array_equal(distorted(1.0), distorted(1.0))
+    assert (distorted(1.0) != distorted(1.0, key=2)).any(axis=(1, 2)).all()
+    # Law: no two letters of a batch are distorted alike.
+    same = np.repeat(IMAGES[:1], 9, axis=0)
+    found = _distort.distort(same, 1.0, np.array([1, 7])).numpy()
+    assert len({letter.tobytes() for letter in found}) == 9
+
+
+def test_a_distortion_of_strength_0_is_none_and_stronger_ones_go_farther() -> None:
+    far = [np.abs(distorted(s).astype(int) - IMAGES).mean() for s in (0.0, 0.1, 0.5, 1.0)]
+    assert far[0] == 0
+    assert far == sorted(far)
+
+
+def test_distorted_letters_stay_letters() -> None:
+    found = distorted(1.0)
+    assert (found.shape, found.dtype) == (IMAGES.shape, np.uint8)
+    # Law: scaling by 15 % a side changes the ink by a third at most, and no ink leaves the picture.
+    ratio = found.sum(axis=(1, 2), dtype=float) / IMAGES.sum(axis=(1, 2))
+    assert 0.6 < ratio.min() < 1 < ratio.max() < 1.6
+
+
+def test_a_rate_rises_and_falls_to_nothing() -> None:
+    params = params_of("cnn", {"learning_rate": 0.01, "schedule": "cosine"})
+    rates = [float(_keras._optimizer(params, 200)._learning_rate(step)) for step in range(201)]
+    assert np.argmax(rates) == 20
+    assert max(rates) == pytest.approx(0.01)
+    assert rates[200] == pytest.approx(0, abs=1e-8)
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    constant = _keras._optimizer(params_of("cnn", {}), 200)
+    assert float(constant.learning_rate) == pytest.approx(1e-3)
+
+
+def batches(n_epochs: int, **change: Any) -> list[Any]:
+    params = params_of("cnn", {"batch_size": 32, "epochs": n_epochs} | change)
+    found = iter(_keras._batches(LETTERS, params, seed=5))
+    return [next(found) for _ in range(2 * n_epochs)]
+
+
+def test_an_epoch_has_each_letter_once_and_in_another_order() -> None:
+    shuffled = [letters.numpy() for letters, _ in batches(2)]
+    epochs = [np.concatenate(shuffled[:2]), np.concatenate(shuffled[2:])]
+    assert (epochs[0] != epochs[1]).any()
+    for epoch in epochs:
+        assert sorted(map(bytes, epoch)) == sorted(map(bytes, IMAGES))
+
+
+def test_a_letter_is_distorted_anew_each_time_and_keeps_its_label() -> None:
+    seen = batches(10, augment=1.0)
+    assert len({letter.tobytes() for letters, _ in seen for letter in letters.numpy()}) > 550
+    counts = sum(labels.numpy().sum(axis=0) for _, labels in seen[:2])
+    np.testing.assert_array_equal(counts, np.bincount(LETTERS.labels, minlength=26))
+
+
+def test_short_fits_see_letters_less_distorted() -> None:
+    def ink_outside(n_epochs: int) -> float:
+        letters = np.concatenate([one.numpy() for one, _ in batches(n_epochs, augment=1.0)])
+        return float((letters[:, :8].sum() + letters[:, 20:].sum()) / len(letters))
+
+    assert ink_outside(1) < 0.5 * ink_outside(10)
+
+
+def fit(**change: Any) -> tuple[list[float], Any]:
+    values: list[float] = []
+    params = params_of("cnn", {"epochs": 2, "filters": 16} | change)
+    fitted = cnn.fit(params, LETTERS, LETTERS, 3, lambda step, value: bool(values.append(value)))
+    return values, fitted.predict(IMAGES)
+
+
+@pytest.mark.parametrize("change", [{}, {"augment": 1.0, "schedule": "cosine", "average": 0.99}])
+def test_the_same_seed_gives_the_same_network(change: Params) -> None:
+    (values, answers), (again, answers_again) = fit(**change), fit(**change)
+    assert values == again
+    np.testing.assert_allclose(answers, answers_again, atol=1e-5)
+
+
+def test_a_fit_in_bfloat16_answers_in_float32() -> None:
+    values, answers = fit(dtype_policy="mixed_bfloat16")
+    exact, exact_answers = fit()
+    assert answers.dtype == np.float32
+    # Law: rounding moves the answers, and not far.
+    assert (answers != exact_answers).any()
+    np.testing.assert_allclose(answers, exact_answers, atol=0.1)
+    assert values == pytest.approx(exact, abs=0.1)
+
+
+def test_averaged_weights_are_others() -> None:
+    assert (fit(average=0.99)[1] != fit()[1]).any()

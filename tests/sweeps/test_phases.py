@@ -1,0 +1,257 @@
+"""Screen, race and confirm, with fits that cost and score what a formula says."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
+
+import optuna
+import pytest
+from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.trial import TrialState
+
+from pipeline.spec import Param, Params
+from sweeps import search
+from sweeps.phases import MARGIN, SCREEN_SHARE, Phases, Proposal, shares
+from sweeps.trial import Outcome
+
+PRIOR = {"width": 4, "rate": 0.3, "dropout": 0.25, "epochs": 10, "policy": 0}
+MODEL = cast(
+    ModuleType,
+    SimpleNamespace(
+        PARAMS={
+            "width": Param(2, IntDistribution(1, 6)),
+            "rate": Param(0.1, FloatDistribution(0.0, 1.0)),
+            "dropout": Param(0.0, FloatDistribution(0.0, 0.5)),
+            "epochs": Param(10, IntDistribution(1, 30)),
+            "policy": Param(0, IntDistribution(0, 1)),
+        },
+        PRIORS=[PRIOR],
+        LATE=("dropout",),
+        STEPS="epochs",
+    ),
+)
+EXTRA = 2.0  # CPU-seconds of a trial beside its steps
+
+
+def step(params: Params) -> float:
+    """CPU-seconds of an epoch."""
+    return 2.0 + float(params["width"])
+
+
+def accuracy(params: Params, seed: int) -> float:
+    error = (0.5 + abs(params["rate"] - 0.3)) / (1 + params["width"]) / params["epochs"] ** 0.5
+    return 1 - 0.5 * error - 0.001 * seed
+
+
+class Driver:
+    """Runs trials one after the other, as the engine does with one worker."""
+
+    def __init__(self, folder: Path, total: float, seed: int = 0) -> None:
+        self.study = search.open_study("a", seed, folder, "epochs")
+        self.outcomes = search.past_outcomes(self.study)
+        self.phases = Phases(self.study, MODEL, seed, total, self.outcomes, {"policy": 1})
+        self.total = total
+        self.proposals: list[Proposal] = []
+
+    def left(self) -> float:
+        return self.total - sum(outcome.cpu_seconds for outcome in self.outcomes)
+
+    def ask(self) -> Proposal | None:
+        proposal = self.phases.next(self.left(), 12.0)
+        if proposal:
+            assert proposal.grant <= self.left() + 1e-9
+            self.proposals.append(proposal)
+        return proposal
+
+    def end(self, proposal: Proposal, state: str = "complete", slower: float = 1.0) -> None:
+        params, number = proposal.trial.params, proposal.trial.number
+        done = params["epochs"] if state == "complete" else 1
+        fit = slower * step(params) * done
+        value = accuracy(params, proposal.seed)
+        proposal.trial.report(value, done)
+        outcome = Outcome(
+            number=number,
+            state=state,
+            val_accuracy=value,
+            bill={"fit": fit, "tracing": EXTRA},
+            first_step_cpu_seconds=step(params) + EXTRA,
+            logging_cpu_seconds=0.1,
+            spent={},
+            run_id=str(number),
+            model_uri=None if state == "failed" else f"models:/{number}",
+            failure="error" if state == "failed" else None,
+            error=None,
+            found={},
+        )
+        search.tell(self.study, proposal.trial, outcome)
+        self.outcomes.append(outcome)
+
+    def run(self, ends: Callable[[Proposal], dict[str, Any]] = lambda proposal: {}) -> None:
+        while proposal := self.ask():
+            self.end(proposal, **ends(proposal))
+
+    def of(self, phase: str) -> list[Proposal]:
+        return [proposal for proposal in self.proposals if proposal.phase == phase]
+
+
+def late(params: Params) -> Params:
+    return {name: value for name, value in params.items() if name != "epochs"}
+
+
+def test_the_screen_begins_with_the_defaults_and_the_priors(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, 1000)
+    driver.run()
+    first, second, *others = [proposal.trial.params for proposal in driver.of("screen")]
+    assert first == {"width": 2, "rate": 0.1, "dropout": 0.0, "epochs": 1, "policy": 1}
+    assert second == PRIOR | {"epochs": 1, "policy": 1}
+    # Law: each takes one step; what a step does not tell is the first prior's.
+    assert {params["epochs"] for params in others} == {1}
+    assert {params["dropout"] for params in others} == {0.25}
+    assert len({params["rate"] for params in others}) == len(others)
+
+
+@pytest.mark.parametrize("total", [150, 300, 1200, 3600])
+def test_a_budget_is_screened_raced_and_confirmed(tmp_path: Path, total: float) -> None:
+    driver = Driver(tmp_path, total)
+    driver.run()
+    phases = [proposal.phase for proposal in driver.proposals]
+    # Law: in this order, and each trial once.
+    assert phases == sorted(phases, key=["screen", "race", "confirm"].index)
+    numbers = {proposal.trial.number for proposal in driver.of("screen")}
+    screened = [one for one in driver.outcomes if one.number in numbers]
+    assert (
+        SCREEN_SHARE * total
+        <= sum(one.cpu_seconds for one in screened)
+        <= SCREEN_SHARE * total + max(one.cpu_seconds for one in screened)
+    )
+    # Law: whole fits use what is left, as far as fits of their length do.
+    longest = max(one.cpu_seconds for one in driver.outcomes)
+    assert 0 <= driver.left() < max((1 - MARGIN) * total, longest)
+    # Law: what races was screened, the best first.
+    best = max(screened, key=lambda one: -(1 - (one.val_accuracy or 0)) * one.bill["fit"] ** 0.3)
+    racing = driver.of("race")
+    assert late(racing[0].trial.params) == late(driver.study.trials[best.number].params)
+    assert racing[0].trial.params["epochs"] > 1
+
+
+def test_the_winner_is_trained_again_under_other_seeds(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, 3600, seed=5)
+    driver.run()
+    confirming = driver.of("confirm")
+    assert [proposal.seed for proposal in confirming] == [6, 7]
+    winner = driver.phases.winner()
+    assert winner is not None
+    params = driver.study.trials[winner.number].params
+    assert [proposal.trial.params for proposal in confirming] == [params, params]
+    fits = driver.phases.confirmed()
+    assert [one.number for one in fits] == [
+        winner.number,
+        *(one.trial.number for one in confirming),
+    ]
+    # Law: nothing in the race has done better.
+    racing = {proposal.trial.number for proposal in driver.of("race")}
+    values = [one.val_accuracy for one in driver.outcomes if one.number in racing]
+    assert winner.val_accuracy == max(values)
+
+
+def test_a_small_budget_has_one_whole_fit_and_a_large_one_more_and_longer() -> None:
+    plans = [shares(left, 25.0, 3.0, 30) for left in (200, 900, 3000)]
+    assert [(plan.n_racing, plan.n_confirming) for plan in plans] == [(1, 0), (2, 0), (2, 2)]
+    lengths = [plan.cpu_seconds for plan in plans]
+    assert lengths == sorted(lengths)
+    for plan, left in zip(plans, (200, 900, 3000), strict=True):
+        assert (plan.n_racing + plan.n_confirming) * plan.cpu_seconds == pytest.approx(left)
+    # Law: no fit gets more than the steps that it may do, however large the budget.
+    assert shares(100_000, 1.0, 3.0, 30).cpu_seconds <= 1.1 * (30 + 3)
+
+
+def test_later_racers_search_what_a_step_does_not_tell(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, 30_000)
+    driver.run()
+    dropouts = [proposal.trial.params["dropout"] for proposal in driver.of("race")]
+    assert set(dropouts[:2]) <= {0.0, 0.25}
+    assert len(set(dropouts[2:])) == len(dropouts[2:]) > 2
+
+
+def test_a_driver_that_dies_anywhere_is_followed_by_one_that_goes_on(tmp_path: Path) -> None:
+    for name in ("whole", "torn"):
+        (tmp_path / name).mkdir()
+    whole = Driver(tmp_path / "whole", 1200)
+    whole.run()
+    phases: list[str] = []
+    for _ in range(100):
+        driver = Driver(tmp_path / "torn", 1200)  # another one for each trial
+        proposal = driver.ask()
+        if proposal is None:
+            break
+        driver.end(proposal)
+        phases.append(proposal.phase)
+    assert phases.count("race") == len(whole.of("race"))
+    assert phases.count("confirm") == len(whole.of("confirm"))
+    assert abs(phases.count("screen") - len(whole.of("screen"))) <= 2
+
+
+def test_a_share_of_a_trial_that_failed_goes_to_another(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, 1200)
+
+    def first_of_the_race_fails(proposal: Proposal) -> dict[str, Any]:
+        return {"state": "failed"} if proposal == (driver.of("race") or [None])[0] else {}
+
+    driver.run(first_of_the_race_fails)
+    planned = driver.study.user_attrs["shares of 1200"]
+    assert len(driver.of("race")) == planned["n_racing"] + 1
+    assert driver.phases.winner() is not None
+
+
+def test_the_race_waits_for_the_screen_and_confirming_for_the_race(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, 3600)
+    while (last := driver.ask()) and last.phase == "screen":
+        before = last
+        driver.end(last)
+    assert last is not None
+    assert last.phase == "race"
+    # Another driver finds that trial dead, and one of the screen running: it must wait.
+    driver = Driver(tmp_path, 3600)
+    running = search.ask(driver.study, MODEL.PARAMS, before.trial.params)
+    running.set_user_attr("phase", "screen")
+    running.set_user_attr("round", 3600)
+    assert driver.ask() is None
+    driver.study.tell(running, state=TrialState.FAIL)
+    racing = driver.ask()
+    assert racing is not None
+    assert racing.phase == "race"
+    others = [driver.ask()]
+    while others[-1] is not None:
+        others.append(driver.ask())
+    # All racers run now, and the winner is not known yet.
+    assert {one.phase for one in others if one} == {"race"}
+
+
+def test_more_budget_for_a_study_screens_and_races_again(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, 300)
+    driver.run()
+    again = Driver(tmp_path, 900)
+    again.run()
+    assert again.of("screen")
+    assert len(again.of("race")) >= len(driver.of("race"))
+    # Law: the defaults and the priors were screened once.
+    screened = [proposal.trial.params for proposal in (*driver.of("screen"), *again.of("screen"))]
+    assert sum(params["width"] == 2 and params["rate"] == 0.1 for params in screened) == 1
+
+
+def test_a_racer_far_behind_at_half_of_its_schedule_is_stopped(tmp_path: Path) -> None:
+    study = search.open_study("a", 0, tmp_path, "epochs")
+
+    def racer(epochs: int, values: list[float]) -> optuna.Trial:
+        trial = search.ask(study, MODEL.PARAMS, PRIOR | {"epochs": epochs})
+        trial.set_user_attr("phase", "race")
+        for number, value in enumerate(values, 1):
+            trial.report(value, number)
+        return trial
+
+    racer(8, [0.5, 0.6, 0.7, 0.8, 0.85, 0.9])
+    # Half of four epochs is where the other one was after four of eight.
+    assert racer(4, [0.6, 0.785]).should_prune()
+    assert not racer(4, [0.6, 0.795]).should_prune()
+    assert not racer(4, [0.3]).should_prune()  # too early to tell
