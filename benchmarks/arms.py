@@ -28,6 +28,8 @@ PLAIN = {
     "knn": ("n_neighbors", "weights", "deskew", "blur", "n_components"),
 }
 Report = Callable[[int, float], bool]
+# The project's sweep, and what it is without one of its parts.
+OURS = ("ours", "without_priors", "without_screen", "without_bfloat16", "without_phases")
 
 
 class Objective:
@@ -261,16 +263,30 @@ def _stepped(space: Any, value: Any) -> Any:
     return value
 
 
-def ours(model: str, root: Path, seed: int, budget: float, whole: bool) -> None:
-    """The project's sweep. Without its recipe: no priors, nothing fixed, all hyperparameters."""
-    from pipeline import prep
-    from sweeps import sweep
+def ours(part: str, model: str, root: Path, seed: int, budget: float, whole: bool) -> None:
+    """The project's sweep, ``part`` of which may be left out: one of ``OURS``.
 
-    member = registry.load(models, model)
+    Where all tuners are to have the same space it has no priors and nothing fixed.
+    """
+    from pipeline import prep
+    from sweeps import phases, search, sweep
+
+    member: Any = registry.load(models, model)
     if not whole:
-        for name, nothing in {"PRIORS": [], "FIXED": {}, "LATE": ()}.items():
-            setattr(member, name, nothing)
-    prep.ensure = lambda **options: Dataset.open(root)  # type: ignore[assignment]
+        member.PRIORS, member.FIXED, member.LATE = [], {}, ()
+    if part == "without_priors":
+        member.PRIORS = []
+    elif part == "without_screen":  # the first prior, at once
+        screened = search.screened
+        search.screened = lambda member, place: screened(member, place + 1)
+        phases.SCREEN_SHARE = 1e-9
+    elif part == "without_phases":  # TPE and median pruning of whole fits
+        del member.STEPS
+        member.FIXED = member.FIXED | {"epochs": EPOCHS}
+        optuna.pruners.SuccessiveHalvingPruner = (  # type: ignore[assignment,misc]
+            lambda **given: optuna.pruners.MedianPruner()
+        )
+    prep.ensure = lambda **options: Dataset.open(root)
     options = {
         "dataset": "strokes",  # not read: the letters are there
         "archive": "default",
@@ -278,7 +294,7 @@ def ours(model: str, root: Path, seed: int, budget: float, whole: bool) -> None:
         "data_dir": "data",
         "model": model,
         "seed": seed,
-        "precision": "auto",
+        "precision": "float32" if part == "without_bfloat16" else "auto",
         "cpu_minutes": budget / 60,
         "workers": 1,
         "study": "auto",
@@ -329,8 +345,8 @@ def run(
 ) -> None:
     """One arm in this process, until it ends or is killed."""
     METER.loaded()
-    if arm == "ours":
-        ours(model, Path(root), seed, budget, whole)
+    if arm in OURS:
+        ours(arm, model, Path(root), seed, budget, whole)
         return
     objective = Objective(model, root, seed, whole, policy, os.getcwd())
     more = {"budget": budget} if arm == "random_top" else {}

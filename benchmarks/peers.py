@@ -7,7 +7,8 @@ no priors) and ``whole`` (each tuner as its documentation shows it on the deck's
 sweep as it is). Every arm is a process of its own on one worker. A watchdog adds up CPU-seconds, of
 it and of all its children, imports included, and kills it at the budget; its result is the fit with
 the best accuracy on ``val`` that had ended by then. Rows that ``results/peers.csv`` has already are
-not run again. The tuners' packages are in ``benchmarks/requirements.txt``.
+not run again. The tuners' packages are in ``benchmarks/requirements.txt``. ``--arms`` with those of
+``arms.OURS`` in ``whole`` shows what each part of the sweep is good for.
 """
 
 import argparse
@@ -44,10 +45,9 @@ def planned(args: argparse.Namespace) -> Iterator[tuple[str, str, int, str, int]
     for budget, seed, model, comparison in itertools.product(
         args.budgets, range(args.seeds), args.models, args.comparisons
     ):
-        names = ["ours", *(arms.ARMS if model == "cnn" else FEW)]
-        for arm in names:
-            if not args.arms or arm in args.arms:
-                yield comparison, model, budget, arm, seed
+        tuners = ["ours", *(arms.ARMS if model == "cnn" else FEW)]
+        for arm in args.arms or tuners:
+            yield comparison, model, budget, arm, seed
 
 
 def run(key: tuple[str, str, int, str, int], root: Path, policy: str) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def run(key: tuple[str, str, int, str, int], root: Path, policy: str) -> dict[st
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
         total = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         text = (Path(folder) / "log").read_text(errors="replace")
-        if arm == "ours":
+        if arm in arms.OURS:
             found, uncounted = _ours(folder, root, environment), 0.0
         else:
             uncounted = sum(one["uncounted"] for one in found)
@@ -104,7 +104,7 @@ def _watch(
 ) -> tuple[list[dict[str, Any]], float, bool]:
     """Let an arm run until it ends or has spent its budget; what it found, and when."""
     found: list[dict[str, Any]] = []
-    limit = budget * (OVERTIME if arm == "ours" else 1.0)
+    limit = budget * (OVERTIME if arm in arms.OURS else 1.0)
     while True:
         time.sleep(POLL_SECONDS)
         spent = sum(map(processes.cpu_seconds, processes.tree(child.pid)))
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=int, default=[300, 900])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--comparisons", nargs="+", default=["search", "whole"])
-    parser.add_argument("--arms", nargs="*")
+    parser.add_argument("--arms", nargs="+", choices=[*arms.OURS, *arms.ARMS])
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th row from the i-th")
     parser.add_argument("--output", type=Path, default=RESULTS / "peers.csv")
     args = parser.parse_args()

@@ -21,8 +21,9 @@ from sweeps.budget import GRANT_SHARE
 from sweeps.trial import Outcome
 
 SCREEN_SHARE = 0.2  # of the budget
+DEAR = 4  # times the median of what was screened so far: more is not spent on one epoch
 COST_EXPONENT = 0.3  # an error of x at twice the cost is as good as one of 2^0.3 x
-MARGIN = 0.92  # of a grant that is planned with: CPU-seconds vary with what else runs
+MARGIN = 0.9  # of a grant that is planned with: CPU-seconds vary with what else runs
 LENGTH = 2.5  # whole fits are sqrt(steps that the budget pays for) / LENGTH; the rest is theirs
 MAX_CONFIRMING = 2  # further seeds of the winner
 N_SAFE = 2  # racing trials that keep the late hyperparameters of the screen
@@ -103,7 +104,11 @@ class Phases:
     def _screen(self, phase: str, left: float) -> Proposal:
         n_begun = len(self._begun(phase, every_round=True))
         fixed = search.screened(self.member, n_begun) | self.everywhere
-        return self._propose(fixed, phase, self.seed, min(left, GRANT_SHARE * self.total))
+        grant = min(left, GRANT_SHARE * self.total)
+        screened = [one.cpu_seconds for one in self._screened()]
+        if n_begun >= len(search.known(self.member)) and screened:
+            grant = min(grant, DEAR * float(np.median(screened)))
+        return self._propose(fixed, phase, self.seed, grant)
 
     def _whole(self, left: float) -> Proposal | None:
         """A trial of the race, or one that confirms its winner."""

@@ -85,6 +85,11 @@ def open_study(name: str, seed: int, folder: Path, steps: str | None = None) -> 
     return study
 
 
+def known(member: ModuleType) -> list[Params]:
+    """What a study of a model tries before anything is proposed: its defaults and its priors."""
+    return [_defaults(member.PARAMS), *getattr(member, "PRIORS", ())]
+
+
 def screened(member: ModuleType, place: int) -> Params:
     """What the ``place``-th trial of a model's screen must have; TPE proposes the rest.
 
@@ -93,10 +98,9 @@ def screened(member: ModuleType, place: int) -> Params:
     pays in a long one, the ``LATE`` hyperparameters of the first prior, or the defaults'.
     """
     steps: Params = {member.STEPS: 1} if hasattr(member, "STEPS") else {}
-    known: list[Params] = [_defaults(member.PARAMS), *getattr(member, "PRIORS", ())]
-    if place < len(known):
-        return known[place] | steps
-    late = {name: known[:2][-1][name] for name in getattr(member, "LATE", ())}
+    if place < len(known(member)):
+        return known(member)[place] | steps
+    late = {name: known(member)[:2][-1][name] for name in getattr(member, "LATE", ())}
     fixed: Params = getattr(member, "FIXED", {})
     return fixed | late | steps
 
@@ -123,10 +127,11 @@ def tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
 
 
 def _tell(study: optuna.Study, number: int, outcome: Outcome) -> None:
-    if outcome.val_accuracy is None or outcome.state in ("failed", "killed"):
-        study.tell(number, state=TrialState.FAIL)
-    elif outcome.state == "pruned":
+    too_dear = outcome.state == "over_budget" and outcome.val_accuracy is None
+    if outcome.state == "pruned" or too_dear:  # worse than all that have a value
         study.tell(number, state=TrialState.PRUNED)
+    elif outcome.val_accuracy is None or outcome.state in ("failed", "killed"):
+        study.tell(number, state=TrialState.FAIL)
     else:
         study.tell(number, outcome.val_accuracy)
 

@@ -72,7 +72,9 @@ def test_the_logged_model_has_signature_example_and_pinned_requirements(
     ("wrong", "rule"),
     [
         ({"model": "mlp"}, "model must be one of cnn, knn, lstm, but 'mlp' came"),
-        ({"n_neighbors": "0"}, "n_neighbors must be a whole number from 1 to 25"),
+        ({"n_neighbors": "51"}, "n_neighbors must be a whole number from 0 to 50"),
+        ({"precision": "half"}, "precision must be auto, float32 or bfloat16, but 'half' came"),
+        ({"precision": "bfloat16"}, "precision must be auto or float32 for knn"),
         ({"learning_rate": "0.1"}, "the hyperparameters of knn are n_neighbors"),
         ({"seed": "x"}, "seed must be a whole number"),
     ],

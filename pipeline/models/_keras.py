@@ -121,7 +121,7 @@ def _batches(train: Part, params: Params, seed: int) -> tf.data.Dataset:
     # A short fit does not overfit: it learns more from letters as they are.
     strength = params["augment"] * min(1.0, params["epochs"] / WHOLE_EPOCHS)
 
-    @tf.autograph.experimental.do_not_convert  # there is nothing to convert
+    @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
     def batch(rows: Any, key: Any) -> tuple[Any, Any]:
         letters = tf.gather(images, rows)
         if strength:

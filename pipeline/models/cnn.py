@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import keras
 
 PARAMS = {
-    "filters": Param(32, IntDistribution(16, 64, step=16)),  # of the first of three stages
+    "filters": Param(32, IntDistribution(16, 48, step=16)),  # of the first of three stages
     "widening": Param(1, CategoricalDistribution((1, 2))),  # the third's by the second's, twice 1st
     "convolutions": Param(1, IntDistribution(1, 2)),  # in the second stage and in the third
     "kernel_size": Param(3, CategoricalDistribution((3, 5))),  # of the first; the others have 3

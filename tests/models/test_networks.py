@@ -49,7 +49,7 @@ def test_what_shapes_a_network_changes_it(model: str) -> None:
         (name, value): member.build(params_of(model, {name: value})).count_params()
         for name, param in member.PARAMS.items()
         if isinstance(param.distribution, CategoricalDistribution)
-        and name in ("batch_norm", "separable", "widening", "reading", "bidirectional")
+        and name in ("batch_norm", "separable", "widening", "reading", "rows", "bidirectional")
         for value in param.distribution.choices
     }
     sizes = [

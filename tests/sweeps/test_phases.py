@@ -64,16 +64,17 @@ class Driver:
             self.proposals.append(proposal)
         return proposal
 
-    def end(self, proposal: Proposal, state: str = "complete", slower: float = 1.0) -> None:
+    def end(self, proposal: Proposal, state: str = "complete", value: bool = True) -> None:
         params, number = proposal.trial.params, proposal.trial.number
         done = params["epochs"] if state == "complete" else 1
-        fit = slower * step(params) * done
-        value = accuracy(params, proposal.seed)
-        proposal.trial.report(value, done)
+        fit = step(params) * done
+        found = accuracy(params, proposal.seed) if value else None
+        if found is not None:
+            proposal.trial.report(found, done)
         outcome = Outcome(
             number=number,
             state=state,
-            val_accuracy=value,
+            val_accuracy=found,
             bill={"fit": fit, "tracing": EXTRA},
             first_step_cpu_seconds=step(params) + EXTRA,
             logging_cpu_seconds=0.1,
@@ -202,6 +203,25 @@ def test_a_share_of_a_trial_that_failed_goes_to_another(tmp_path: Path) -> None:
     planned = driver.study.user_attrs["shares of 1200"]
     assert len(driver.of("race")) == planned["n_racing"] + 1
     assert driver.phases.winner() is not None
+
+
+def test_no_more_than_some_medians_is_spent_on_one_of_the_screen(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, 3600)
+    driver.run()
+    known, others = driver.of("screen")[:2], driver.of("screen")[2:]
+    assert {proposal.grant for proposal in known} == {900.0}
+    assert all(proposal.grant <= 4 * (EXTRA + 2 + 6) for proposal in others)
+
+
+def test_what_is_too_dear_for_a_step_is_worse_than_what_fails(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, 1200)
+    states = []
+    for state in ("over_budget", "failed"):
+        proposal = driver.ask()
+        assert proposal is not None
+        driver.end(proposal, state, value=False)
+        states.append(driver.study.trials[proposal.trial.number].state)
+    assert states == [TrialState.PRUNED, TrialState.FAIL]
 
 
 def test_the_race_waits_for_the_screen_and_confirming_for_the_race(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import threading
@@ -114,6 +115,45 @@ def test_every_trial_is_a_child_run_and_the_sweep_shows_the_best(sweeps: Sweeps)
     assert journal.get_n_trials(0) == len(trials)
     kinds = [record["kind"] for record in sweeps.ledger()]
     assert kinds.count("grant") == kinds.count("debit") == len(trials)
+
+
+def any_length(before: str = "pass") -> str:
+    """A toy that says that a fit of any number of steps is a whole one."""
+    return toy(before).replace("def socket", 'STEPS = "steps"\n\ndef socket')
+
+
+def test_a_fit_of_any_length_is_screened_raced_and_confirmed(sweeps: Sweeps) -> None:
+    sweeps.patch.setattr(phases, "SCREEN_SHARE", 1e-6)  # one trial
+    sweeps.patch.setattr(phases, "shares", lambda *given: phases.Shares(2, 2, 15.0))
+    sweeps.run(any_length(before="quality += 0.001 * seed"), seed=3, workers=1)
+    parent, trials = sweeps.parent, sweeps.trials
+    assert sweeps.tags("phase") == ["screen", "race", "race", "confirm", "confirm"]
+    assert [trial.data.params["steps"] for trial in trials] == ["1", "5", "5", "5", "5"]
+    # The winner is trained again, by other seeds; the sweep tells their mean, and has the best.
+    assert [trial.data.params["seed"] for trial in trials] == ["3", "3", "3", "4", "5"]
+    values = [trials[i].data.metrics["val_accuracy"] for i in (1, 3, 4)]
+    metrics = parent.data.metrics
+    assert metrics["confirmed_val_accuracy"] == pytest.approx(statistics.mean(values))
+    assert metrics["confirmed_val_accuracy_std"] == pytest.approx(statistics.stdev(values))
+    assert metrics["val_accuracy"] == max(values)
+    assert parent.data.tags["model_uri"] == trials[4].data.tags["model_uri"]
+    assert "the mean of 3 seeds" in parent.data.tags["mlflow.note.content"]
+
+
+def test_a_small_budget_says_that_the_spread_is_unknown(sweeps: Sweeps) -> None:
+    sweeps.patch.setattr(phases, "SCREEN_SHARE", 1e-6)
+    sweeps.patch.setattr(phases, "shares", lambda *given: phases.Shares(1, 0, 30.0))
+    sweeps.run(any_length(), workers=1)
+    assert sweeps.tags("phase") == ["screen", "race"]
+    assert "its spread is unknown" in sweeps.parent.data.tags["mlflow.note.content"]
+    assert "confirmed_val_accuracy_std" not in sweeps.parent.data.metrics
+
+
+def test_a_model_of_one_precision_refuses_another(sweeps: Sweeps) -> None:
+    with pytest.raises(UserError, match="precision must be auto or float32 for toy"):
+        sweeps.run(toy(), precision="bfloat16")
+    sweeps.run(toy(), n_trials=1, precision="float32")
+    assert sweeps.tags("precision") == ["float32"]
 
 
 def test_the_budget_holds(sweeps: Sweeps) -> None:
@@ -377,6 +417,7 @@ def test_a_server_that_goes_away_loses_nothing(
         ({"cpu_minutes": "-3"}, "cpu_minutes must be a number above 0, but '-3' came"),
         ({"workers": "0"}, "workers must be 'auto' or a whole number above 0, but '0' came"),
         ({"model": "svm"}, "model must be one of cnn, knn, lstm, but 'svm' came"),
+        ({"precision": "fp16"}, "precision must be auto, float32 or bfloat16, but 'fp16' came"),
         ({"plan": "yes"}, "plan must be true or false, but 'yes' came"),
         ({"study": "''"}, "study must not be empty"),
         ({"n_train": "1e4"}, "n_train must be 'all' or a whole number"),
