@@ -26,6 +26,7 @@ COST_EXPONENT = 0.3  # an error of x at twice the cost is as good as one of 2^0.
 MARGIN = 0.9  # of a grant that is planned with: CPU-seconds vary with what else runs
 LENGTH = 2.5  # whole fits are sqrt(steps that the budget pays for) / LENGTH; the rest is theirs
 MAX_CONFIRMING = 2  # further seeds of the winner
+FEWEST_STEPS = 3  # of a racing trial, if any of the screen can do so many
 N_SAFE = 2  # racing trials that keep the late hyperparameters of the screen
 
 Trial = optuna.trial.FrozenTrial
@@ -122,7 +123,11 @@ class Phases:
             return None
         grant = max(left - (n_left - 1) * plan.cpu_seconds, min(left, plan.cpu_seconds))
         if len(racing) < plan.n_racing:
-            return self._race(screened[len(racing) % len(screened)], len(racing), grant)
+            # One that can do but a step or two is no better off than in the screen.
+            able = [one for one in screened if self._n_steps(one, grant) >= FEWEST_STEPS]
+            able = able or [one for one in screened if self._n_steps(one, grant) >= 1]
+            place = len(racing)
+            return self._race(able[place % len(able)], place, grant) if able else None
         if any(trial.state == TrialState.RUNNING for trial in racing):
             return None
         winner = self.winner()
@@ -131,16 +136,16 @@ class Phases:
         seed = self.seed + 1 + len(confirming)
         return self._propose(self._params(winner.number), "confirm", seed, grant)
 
-    def _race(self, screened: Outcome, place: int, grant: float) -> Proposal | None:
-        """The ``place``-th trial of the race, for as many steps as the grant pays for."""
-        assert self.steps is not None
+    def _n_steps(self, screened: Outcome, grant: float) -> int:
+        """Steps that a grant pays for, of what was screened by one."""
         step = _step(screened)
         extra = screened.cpu_seconds - step
-        n_steps = math.floor((MARGIN * grant - extra) / step)
-        if n_steps < 1:
-            return None
-        fixed = self._params(screened.number)
-        fixed[self.steps] = min(n_steps, max_steps(self.member))
+        return min(math.floor((MARGIN * grant - extra) / step), max_steps(self.member))
+
+    def _race(self, screened: Outcome, place: int, grant: float) -> Proposal:
+        """The ``place``-th trial of the race, for as many steps as the grant pays for."""
+        assert self.steps is not None
+        fixed = self._params(screened.number) | {self.steps: self._n_steps(screened, grant)}
         if place >= N_SAFE:
             for name in getattr(self.member, "LATE", ()):
                 del fixed[name]
@@ -148,7 +153,8 @@ class Phases:
 
     def _propose(self, fixed: Params, phase: str, seed: int, grant: float) -> Proposal:
         trial = search.ask(self.study, self.member.PARAMS, fixed)
-        for name, value in {"phase": phase, "round": self.total, "seed": seed}.items():
+        # The phase last: without it a trial counts for nothing, should the driver die here.
+        for name, value in {"round": self.total, "seed": seed, "phase": phase}.items():
             trial.set_user_attr(name, value)
         return Proposal(trial, phase, seed, grant)
 
@@ -160,7 +166,7 @@ class Phases:
             trial
             for trial in self.study.get_trials(deepcopy=False)
             if trial.user_attrs.get("phase") == phase
-            and (every_round or trial.user_attrs["round"] == self.total)
+            and (every_round or trial.user_attrs.get("round") == self.total)
             and (phase in ("screen", "search") or trial.state != TrialState.FAIL)
         ]
 

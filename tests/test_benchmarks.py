@@ -3,7 +3,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import pytest
+
+from benchmarks import arms, peers
+from pipeline.models import cnn
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,3 +27,64 @@ def test_growth_runs_and_writes_its_figures(tmp_path: Path) -> None:
     assert len(table) == 35
     assert table["overhead"].is_monotonic_increasing
     assert "MB at the last" in done.stdout
+
+
+# An arm that finds something after each half of a CPU-second, of which a fifth is not its own.
+ARM = """
+import json, time
+value = 0
+while True:
+    value += 1
+    end = time.process_time() + 0.5
+    while time.process_time() < end: pass
+    with open("found.jsonl", "a") as file:
+        file.write(json.dumps({"val": value, "uncounted": 0.1}) + "\\n")
+"""
+
+
+def test_the_watchdog_stops_at_the_budget_and_counts_what_is_the_arms(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ARM], cwd=tmp_path)
+    found, spent, ended = peers._watch(child, tmp_path / "found.jsonl", 2.0, "random")
+    assert not ended
+    assert child.poll() is not None
+    assert 2.0 <= spent < 3.5
+    # Law: what is found is dated by the arm's own CPU-seconds at that moment.
+    assert [one["val"] for one in found] == list(range(1, len(found) + 1))
+    for number, one in enumerate(found, 1):
+        assert 0.4 * number - 0.1 <= one["cpu"] <= 0.4 * number + 1.0
+
+
+def test_the_area_under_what_was_best_so_far() -> None:
+    early = [{"val": 0.9, "cpu": 10.0}, {"val": 0.8, "cpu": 20.0}]
+    assert peers._anytime([{"val": 0.9, "cpu": 0.0}], 100.0) == pytest.approx(0.9)
+    # A tenth of the budget is the middle of 1 % to 100 %, on a logarithmic axis.
+    assert peers._anytime(early, 100.0) == pytest.approx((0.9 + 1 / 26) / 2, abs=0.01)
+    assert peers._anytime([], 100.0) == pytest.approx(1 / 26)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_drawn_lies_in_the_space(seed: int) -> None:
+    space = {name: param.distribution for name, param in cnn.PARAMS.items()}
+    params = arms.drawn(space, np.random.default_rng(seed))
+    assert set(params) == set(space)
+    for name, value in params.items():
+        assert space[name]._contains(space[name].to_internal_repr(value))
+        if not isinstance(value, str):
+            assert arms._stepped(space[name], value) == value
+
+
+def test_a_table_has_a_row_for_each_arm_the_best_first() -> None:
+    rows = pd.DataFrame(
+        [
+            {"comparison": "whole", "model": "cnn", "budget": 300, "arm": arm, "seed": seed}
+            | dict.fromkeys(("n_fits", "anytime", "overrun", "overhead_share"), 0.5)
+            | {"reached_deck_at": np.nan, "test_accuracy": accuracy + 0.01 * seed}
+            for arm, accuracy in (("random", 0.8), ("ours", 0.9))
+            for seed in range(3)
+        ]
+    )
+    table = peers.table(rows)
+    assert list(table["arm"]) == ["ours", "random"]
+    assert list(table["n_seeds"]) == [3, 3]
+    assert list(table["test_accuracy"]) == pytest.approx([0.91, 0.81])
+    assert list(table["test_std"]) == pytest.approx([0.01, 0.01])
