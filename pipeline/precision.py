@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline import quiet
 from pipeline.spec import Param, Params, UserError
 
 AUTO = "auto"
@@ -66,6 +67,7 @@ def gain() -> float:
 
     Takes 0.1 CPU-seconds beside the import of TensorFlow, and runs operations in this process.
     """
+    quiet.import_keras()  # which sets threads, and must come first
     import tensorflow as tf
 
     seconds = {}
