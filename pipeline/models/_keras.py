@@ -11,7 +11,6 @@ import numpy as np
 
 from pipeline import quiet
 from pipeline.bill import charge
-from pipeline.models import _distort
 from pipeline.spec import LETTERS, Fitted, Images, Params, Part, Probabilities, Report
 
 quiet.import_keras()
@@ -19,6 +18,8 @@ quiet.import_keras()
 import keras  # noqa: E402
 import mlflow.keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
+
+from pipeline.models import _distort  # noqa: E402
 
 PREDICT_BATCH = 512  # letters; larger gains nothing on a CPU
 WHOLE_EPOCHS = 10  # from so many on letters are distorted with full strength

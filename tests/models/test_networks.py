@@ -1,5 +1,7 @@
 """Laws of the networks: what they are built of, how letters are distorted, how they are trained."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -152,3 +154,9 @@ def test_a_fit_in_bfloat16_answers_in_float32() -> None:
 
 def test_averaged_weights_are_others() -> None:
     assert (fit(average=0.99)[1] != fit()[1]).any()
+
+
+def test_loading_the_networks_says_nothing() -> None:
+    command = [sys.executable, "-c", "from pipeline.models import _keras"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
