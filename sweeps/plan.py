@@ -23,7 +23,7 @@ from sweeps.trial import prepare as prepare  # the nursery calls it
 
 PLAN_CPU_SECONDS = 20.0  # all that a plan may spend, start-up included
 CLOSING_CPU_SECONDS = 1.5  # what it takes to end the nursery and to write the plan down
-GRANTS = (5.0, 3.0)  # CPU-seconds to time the defaults, and each other set of hyperparameters
+GRANTS = (4.0, 6.0, 3.0)  # CPU-seconds to time the defaults, the first prior, each other set
 MAX_TIMED = 8  # sets of hyperparameters
 MAX_STEPS = 3  # of one fit: those that come later cost as much
 FIRST_SHARE = 0.02  # of the letters, for a first look at what a step costs
@@ -61,10 +61,12 @@ def body(spec: Message, call: Callable[[Message], Message]) -> Message:
     METER.restart()
     data = Dataset.open(Path(spec["root"]))
     share, limit = FIRST_SHARE, 0.9 * spec["cpu_seconds"]
+    seen: list[tuple[float, float]] = []  # shares of the letters, and what a first step took
     while True:
         began = METER.seconds()
         parts = [_share(data.part("train"), share), _share(data.part("val"), share)]
         fitted, steps = _fit(spec, parts, share == 1.0, limit)
+        seen.append((share, steps[0]))
         tracing = METER.seconds().get("tracing", 0.0) - began.get("tracing", 0.0)
         room = limit - time.process_time() - tracing
         # At worst a step's cost grows with the square of the letters.
@@ -75,7 +77,20 @@ def body(spec: Message, call: Callable[[Message], Message]) -> Message:
     later = mean(steps[1:]) if len(steps) > 1 else steps[0]
     saving = _save(fitted)
     extra = tracing + saving + WRITING_CPU_SECONDS
-    return Timed(extra, steps[0] / share, later / share, fitted.n_steps)._asdict()
+    step = on_all(seen)
+    return Timed(extra, step, step * later / steps[0], fitted.n_steps)._asdict()
+
+
+def on_all(seen: Sequence[tuple[float, float]]) -> float:
+    """What a step takes on all letters, of what it took on the last one or two shares of them.
+
+    By a line through two, as there may be work that the number of letters does not change.
+    """
+    share, cost = seen[-1]
+    if len(seen) > 1 and cost > seen[-2][1]:
+        slope = (cost - seen[-2][1]) / (share - seen[-2][0])
+        return cost + slope * (1 - share)
+    return cost / share
 
 
 def _share(part: Part, share: float) -> Part:
@@ -144,8 +159,8 @@ def plan(task: Task, cpu_seconds: float, prepared: float) -> str:
         f"**{task.model} on {task.data.title}**: what {cpu_seconds:.0f} CPU-seconds will buy\n\n"
         + tracking.markdown(["", "trials", "steps each", "CPU-s each"], rows)
         + f"\n\nA step of the deck's model takes {baseline.later:.1f} CPU-s. Timed on {len(timed)} "
-        f"sets of hyperparameters in {spent:.0f} CPU-s."
-        + (f" {n_too_dear} more were too dear for that." if n_too_dear else "")
+        f"set{'s' if len(timed) > 1 else ''} of hyperparameters in {spent:.0f} CPU-s."
+        + (f" Too dear for that: {n_too_dear} more." if n_too_dear else "")
         + (f" Preparing the letters took {prepared:.0f} more, once." if prepared > 1 else "")
     )
 
@@ -199,7 +214,7 @@ def _time(task: Task, prepared: float) -> tuple[list[Timed], int, float]:
         everywhere = precision.params(wanted, member.PARAMS)
         proposals = search.proposals(member, task.seed, MAX_TIMED, everywhere)
         for number, params in enumerate(proposals):
-            grant = GRANTS[min(number, 1)]
+            grant = GRANTS[min(number, 2)]
             spent = own_cpu_seconds() - prepared + nursery.cpu_seconds()
             if spent + grant > PLAN_CPU_SECONDS - CLOSING_CPU_SECONDS:
                 break

@@ -10,7 +10,7 @@ import mlflow
 import pytest
 from steps import SWEEP, arguments, runs
 
-from sweeps.plan import PLAN_CPU_SECONDS, Timed
+from sweeps.plan import PLAN_CPU_SECONDS, Timed, on_all
 
 TIMED = Timed(extra=2.0, step=10.0, later=5.0, n_steps=4)
 
@@ -25,6 +25,21 @@ def test_a_trial_costs_its_steps_and_what_is_beside_them(n_steps: int, cpu_secon
 
 def test_no_more_steps_are_paid_for_than_a_fit_has() -> None:
     assert TIMED.n_affordable(1000.0) == 4
+
+
+@pytest.mark.parametrize(
+    ("seen", "cpu_seconds"),
+    [
+        ([(1.0, 7.0)], 7.0),
+        ([(0.1, 0.7)], 7.0),
+        ([(0.1, 2.5), (0.3, 3.5)], 7.0),  # of which 2 are the same for any number of letters
+        ([(0.02, 0.9), (0.1, 0.7)], 7.0),  # a first look may have been slow
+    ],
+)
+def test_what_a_step_takes_on_all_letters(
+    seen: list[tuple[float, float]], cpu_seconds: float
+) -> None:
+    assert on_all(seen) == pytest.approx(cpu_seconds)
 
 
 def plan(options: dict[str, Any], cpu_minutes: float) -> tuple[int, str, float]:
