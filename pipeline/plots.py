@@ -114,15 +114,24 @@ def comparison(table: pd.DataFrame, title: str) -> Figure:
 def best_so_far(trials: pd.DataFrame, title: str) -> Figure:
     """Accuracy of each trial against the CPU-seconds spent by then, and the best so far.
 
-    Columns: spent_cpu_seconds, val_accuracy, state.
+    Columns: spent_cpu_seconds, val_accuracy, phase, state. The worst trials may lie below: their
+    number is told, and the others can be told apart.
     """
-    figure, axes = _axes(title, "CPU-seconds of the sweep", "val_accuracy")
-    for (state, rows), marker in zip(trials.groupby("state"), "oxs^v", strict=False):
-        axes.scatter(
-            rows["spent_cpu_seconds"], rows["val_accuracy"], marker=marker, label=str(state)
-        )
+    values = trials["val_accuracy"].dropna()
+    least, low, high = values.min(), values.quantile(0.2), values.max()
+    bottom = low - 0.5 * (high - low)
+    n_below = int((values < bottom).sum())
+    below = f" ({n_below} of {len(values)} below)" if n_below else ""
+    figure, axes = _axes(title, "CPU-seconds of the sweep", f"val_accuracy{below}")
+    for (kind, rows), marker in zip(
+        trials.groupby(["phase", "state"], sort=False), "oxs^vD*Pph<>", strict=False
+    ):
+        label = ", ".join(part for part in kind if part)
+        axes.scatter(rows["spent_cpu_seconds"], rows["val_accuracy"], marker=marker, label=label)
     best = trials["val_accuracy"].cummax().ffill()  # no gap where a trial failed
     axes.step(trials["spent_cpu_seconds"], best, where="post", color=RED, label="best so far")
+    if n_below and least < bottom < high:
+        axes.set_ylim(bottom=bottom)
     axes.legend(frameon=False)
     return figure
 

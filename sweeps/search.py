@@ -193,12 +193,24 @@ def _mend(journal: Path) -> None:
 
 
 @charge("search")
-def importances(study: optuna.Study) -> dict[str, float]:
-    """Importance of each hyperparameter by PED-ANOVA (Watanabe et al. 2023); they sum to 1.
+def importances(study: optuna.Study, n_known: int) -> dict[str, float]:
+    """Importance of each searched hyperparameter by PED-ANOVA (Watanabe et al. 2023); sum 1.
 
-    Empty where fewer than two values are there to explain.
+    Of the trials that were proposed, which come after the first ``n_known``, and as long as all of
+    them are fits of one kind: those of a race are longer. Empty where fewer than two values are
+    there to explain.
     """
-    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    if len({trial.value for trial in complete}) < 2:
+    proposed = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        if trial.number >= n_known
+        and trial.user_attrs.get("phase", "search") in ("screen", "search")
+    ]
+    if len({trial.value for trial in proposed}) < 2:
         return {}
-    return optuna.importance.get_param_importances(study)
+    names = [
+        name for name in proposed[0].params if len({trial.params[name] for trial in proposed}) > 1
+    ]
+    alone = optuna.create_study(direction="maximize")
+    alone.add_trials(proposed)
+    return optuna.importance.get_param_importances(alone, params=names)

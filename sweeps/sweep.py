@@ -82,9 +82,9 @@ def finish(engine: Engine, fits: Sequence[Outcome]) -> None:
     run.figure("bill.png", plots.bill([outcome.spent for outcome in outcomes], title))
     run.figure(
         "parallel_coordinates.png",
-        plots.parallel_coordinates(params, trials["val_accuracy"], title),
+        plots.parallel_coordinates(varied(params), trials["val_accuracy"], title),
     )
-    if importances := search.importances(study):
+    if importances := search.importances(study, len(search.known(engine.member))):
         run.figure("hyperparameter_importance.png", plots.importance(importances, title))
     run.name(f"{engine.task.model} sweep · {best.val_accuracy:.1%}")
     run.describe(description(title, trials, fits, engine))
@@ -94,6 +94,12 @@ def finish(engine: Engine, fits: Sequence[Outcome]) -> None:
         confirmed["confirmed_val_accuracy_std"] = statistics.stdev(values)
     figures = {"n_trials": len(outcomes), "val_accuracy": values[0]} | confirmed
     run.metrics(figures | metrics(engine.bill()), len(outcomes))
+
+
+def varied(params: pd.DataFrame) -> pd.DataFrame:
+    """The columns in which trials differ; all where there are none."""
+    differ = params.loc[:, params.nunique() > 1]
+    return differ if len(differ.columns) else params
 
 
 def table(outcomes: Sequence[Outcome], study: optuna.Study) -> pd.DataFrame:

@@ -40,7 +40,8 @@ def table(*rows: tuple[str, float, float, float, float]) -> pd.DataFrame:
 
 def trials(values: list[float], states: list[str]) -> pd.DataFrame:
     spent = 10.0 * np.arange(1, len(values) + 1)
-    return pd.DataFrame({"spent_cpu_seconds": spent, "val_accuracy": values, "state": states})
+    columns = {"spent_cpu_seconds": spent, "val_accuracy": values, "state": states}
+    return pd.DataFrame(columns).assign(phase="screen")
 
 
 def parallel(values: list[float]) -> Figure:
@@ -126,6 +127,15 @@ def test_best_so_far_passes_over_failures() -> None:
     (axes,) = plots.best_so_far(frame, "study").axes
     # Law: the best so far stays the best while trials fail: its line has no gap.
     assert np.asarray(axes.lines[-1].get_ydata()).tolist() == [0.5, 0.5, 0.5, 0.5, 0.6]
+
+
+def test_a_very_bad_trial_does_not_hide_how_the_others_differ() -> None:
+    values = [0.1, 0.9, 0.91, 0.92, 0.93, 0.94, 0.95]
+    (axes,) = plots.best_so_far(trials(values, ["complete"] * 7), "study").axes
+    assert 0.85 < axes.get_ylim()[0] < 0.9
+    assert axes.get_ylabel() == "val_accuracy (1 of 7 below)"
+    (axes,) = plots.best_so_far(trials(values[1:], ["complete"] * 6), "study").axes
+    assert axes.get_ylabel() == "val_accuracy"
 
 
 def test_parallel_coordinates_orders_and_scales() -> None:

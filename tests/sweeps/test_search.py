@@ -88,10 +88,21 @@ def test_one_trial_in_three_goes_on_at_each_rung(n_steps: int, expected: float) 
 
 def test_importances_sum_to_one_and_find_what_matters(tmp_path: Path) -> None:
     study = search.open_study("a", 0, tmp_path)
-    assert search.importances(study) == {}
+    assert search.importances(study, 0) == {}
     for _ in range(20):
         trial = _ask(study)
         study.tell(trial, trial.params["rate"])
-    shares = search.importances(study)
+    shares = search.importances(study, 0)
     assert abs(sum(shares.values()) - 1) < 1e-6
     assert shares["rate"] > shares["depth"]
+
+
+def test_importances_are_those_of_what_was_proposed_and_of_one_length(tmp_path: Path) -> None:
+    study = search.open_study("a", 0, tmp_path)
+    for number in range(12):
+        trial = search.ask(study, SPACE, {"depth": 3} if number > 1 else {"depth": 9})
+        trial.set_user_attr("phase", "race" if number > 9 else "screen")
+        study.tell(trial, trial.params["rate"] + 100 * (number < 2) + 100 * (number > 9))
+    # Law: what only the known trials have had is not explained by them.
+    assert set(search.importances(study, 2)) == {"rate"}
+    assert search.importances(study, 11) == {}
