@@ -9,6 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ OURS = ("ours", "without_priors", "without_screen", "without_bfloat16", "without
 
 
 class Objective:
-    """One evaluation: a fit, its accuracy on val, and a line in ``found.jsonl``."""
+    """One evaluation: a fit, its accuracy on val, and lines in ``found.jsonl``."""
 
     def __init__(self, model: str, root: str, seed: int, whole: bool, policy: str, folder: str):
         """``whole``: each tuner with its own recipe; else all with the project's space."""
@@ -50,6 +51,21 @@ class Objective:
             self.fixed["dtype_policy"] = policy
         self.space = {name: space[name].distribution for name in searched}
         self.has_epochs = "epochs" in space
+        self.predict: Callable[[Any], Any] = lambda images: None
+        if self.has_epochs:
+            self._remember()
+
+    def _remember(self) -> None:
+        """Have the network at hand that the training loop looks at ``val`` with, at each report."""
+        from pipeline.models import _keras
+
+        predict = _keras._predict
+
+        def remembering(net: Any, images: Any) -> Any:
+            self.predict = partial(predict, net)
+            return predict(net, images)
+
+        _keras._predict = remembering
 
     def __call__(
         self, params: Params, epochs: int = EPOCHS, report: Report = lambda step, value: False
@@ -59,31 +75,42 @@ class Objective:
         if self.has_epochs:
             params["epochs"] = epochs
         values: list[float] = []
+        uncounted = 0.0
 
         def note(step: int, value: float) -> bool:
+            nonlocal uncounted
             values.append(value)
+            # Each step counts, as if all tuners kept what a fit has learned so far.
+            uncounted += self._note(value) if self.has_epochs else 0.0
             return report(step, value)
 
         before = METER.seconds().get("fit", 0.0)
         with METER.charge("fit"):
             train, val = self.data.part("train"), self.data.part("val")
             fitted = self.member.fit(params, train, val, self.seed, note)
-        fit = METER.seconds()["fit"] - before
-        self._record(fitted, values[-1], fit, params)
+        if not self.has_epochs:
+            self.predict = fitted.predict
+            self._note(values[-1])
+        self._write(fit=METER.seconds()["fit"] - before - uncounted, val=values[-1], params=params)
         return values[-1]
 
-    def _record(self, fitted: Any, value: float, fit: float, params: Params) -> None:
-        began, test_accuracy = time.process_time(), None
+    def _note(self, value: float) -> float:
+        """Write down a new best, with its accuracy on test; CPU-seconds that this has taken.
+
+        The look at test is the benchmark's: the watchdog does not count it.
+        """
+        began = time.process_time()
         path = self.folder / "found.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         if value > max((json.loads(line)["val"] for line in lines), default=0.0):
             test = self.data.part("test")
-            test_accuracy = accuracy(fitted.predict(test.images), test)
-        line = {"val": value, "test": test_accuracy, "fit": fit, "params": params}
-        # The look at test is the benchmark's: the watchdog does not count it.
-        line["uncounted"] = time.process_time() - began
-        with path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            test_accuracy = accuracy(self.predict(test.images), test)
+            self._write(val=value, test=test_accuracy, uncounted=time.process_time() - began)
+        return time.process_time() - began
+
+    def _write(self, **line: Any) -> None:
+        with (self.folder / "found.jsonl").open("a") as file:
+            file.write(json.dumps({"fit": 0.0, "test": None, "uncounted": 0.0} | line) + "\n")
 
 
 def accuracy(probabilities: Any, part: Part) -> float:

@@ -5,10 +5,11 @@
 Two comparisons: ``search`` (all have the project's space and its train function, and our sweep has
 no priors) and ``whole`` (each tuner as its documentation shows it on the deck's network, and our
 sweep as it is). Every arm is a process of its own on one worker. A watchdog adds up CPU-seconds, of
-it and of all its children, imports included, and kills it at the budget; its result is the fit with
-the best accuracy on ``val`` that had ended by then. Rows that ``results/peers.csv`` has already are
-not run again. The tuners' packages are in ``benchmarks/requirements.txt``. ``--arms`` with those of
-``arms.OURS`` in ``whole`` shows what each part of the sweep is good for.
+it and of all its children, imports included, and kills it at the budget; its result is what had the
+best accuracy on ``val`` by then, after any epoch of any of its fits. Rows that are in
+``results/peers.csv`` already are not run again. The tuners' packages are in
+``benchmarks/requirements.txt``. ``--arms`` with those of ``arms.OURS`` in ``whole`` shows what each
+part of the sweep is good for.
 """
 
 import argparse
@@ -88,7 +89,7 @@ def run(key: tuple[str, str, int, str, int], root: Path, policy: str) -> dict[st
     return dict(zip(KEYS, key, strict=True)) | {
         "test_accuracy": best["test"] if best else 1 / 26,
         "val_accuracy": best["val"] if best else 1 / 26,
-        "n_fits": len(within),
+        "n_fits": sum(one["fit"] > 0 for one in within),
         "reached_deck_at": next(
             (one["cpu"] for one in within if one["val"] >= LEVELS[model]), np.nan
         ),

@@ -1,13 +1,17 @@
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pytest
 
 from benchmarks import arms, peers
+from pipeline import prep
 from pipeline.models import cnn
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +56,33 @@ def test_the_watchdog_stops_at_the_budget_and_counts_what_is_the_arms(tmp_path: 
     assert [one["val"] for one in found] == list(range(1, len(found) + 1))
     for number, one in enumerate(found, 1):
         assert 0.4 * number - 0.1 <= one["cpu"] <= 0.4 * number + 1.0
+
+
+@pytest.mark.parametrize("model", ["knn", "cnn"])
+def test_what_an_arm_finds_is_written_down_as_it_is_found(
+    model: str,
+    data_options: dict[str, Any],
+    tmp_path: Path,
+    store: mlflow.MlflowClient,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if model == "cnn":
+        from pipeline.models import _keras
+
+        monkeypatch.setattr(_keras, "_predict", _keras._predict)  # an objective changes it
+    options = data_options | {name: str(data_options[name]) for name in ("archive", "data_dir")}
+    root = str(prep.ensure(**options).root)
+    objective = arms.Objective(model, root, 0, True, "float32", str(tmp_path))
+    seen: list[float] = []
+    values = [objective({}, 3, lambda step, value: bool(seen.append(value))) for _ in range(2)]
+    lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    fits, notes = [[one for one in lines if bool(one["fit"]) is fit] for fit in (True, False)]
+    # Law: a line for each fit, with what it ended with.
+    assert [one["val"] for one in fits] == values
+    # Law: each new best has its accuracy on test, which the watchdog does not count.
+    best = list(dict.fromkeys(np.maximum.accumulate(seen if model == "cnn" else values)))
+    assert [one["val"] for one in notes] == [value for value in best if value > 0]
+    assert all(0 <= one["test"] <= 1 and one["uncounted"] > 0 for one in notes)
 
 
 def test_the_area_under_what_was_best_so_far() -> None:
