@@ -36,7 +36,6 @@ class _Reporter(keras.callbacks.Callback):  # type: ignore[misc]
     def __init__(self, answering: Any, val: Part, report: Report) -> None:
         super().__init__()
         self.answering, self.val, self.report = answering, val, report
-        self.tracing: AbstractContextManager[Any] = charge("tracing")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         assert logs is not None
