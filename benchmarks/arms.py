@@ -226,7 +226,7 @@ def ray_asha(objective: Objective, seed: int) -> None:
         mine(config, report=report)
 
     searcher = OptunaSearch(
-        {name: space for name, space in objective.space.items()},
+        dict(objective.space),
         metric="value",
         mode="max",
         seed=seed,
@@ -245,7 +245,7 @@ def ray_asha(objective: Objective, seed: int) -> None:
 
 
 def flaml_blend(objective: Objective, seed: int) -> None:
-    """FLAML's BlendSearch from a cheap start, with epochs as the resource that grows."""
+    """FLAML's BlendSearch from a cheap start, each evaluation a whole fit."""
     from flaml import tune
 
     config: dict[str, Any] = {}

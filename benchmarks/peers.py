@@ -73,16 +73,16 @@ def run(key: tuple[str, str, int, str, int], root: Path, policy: str) -> dict[st
             child = subprocess.Popen(
                 [sys.executable, "-c", code], cwd=folder, env=environment, stdout=log, stderr=log
             )
-            found, spent, ended = _watch(child, Path(folder) / "found.jsonl", budget, arm)
+            found, _, ended = _watch(child, Path(folder) / "found.jsonl", budget, arm)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
         total = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        text = (Path(folder) / "log").read_text(errors="replace")
+        if ended and child.returncode:
+            text = (Path(folder) / "log").read_text(errors="replace")
+            raise RuntimeError(f"{key} ended with {child.returncode}:\n{text[-3000:]}")
         if arm in arms.OURS:
             found, uncounted = _ours(folder, root, environment), 0.0
         else:
             uncounted = sum(one["uncounted"] for one in found)
-        if ended and child.returncode and arm != "deck":
-            raise RuntimeError(f"{key} ended with {child.returncode}:\n{text[-3000:]}")
     within = [one for one in found if one["cpu"] <= budget]
     # Ours says which model it chose: the race's winner, not the luckiest trial.
     best = max(within, key=lambda one: (one.get("chosen", False), one["val"]), default=None)
@@ -109,13 +109,14 @@ def _watch(
     while True:
         time.sleep(POLL_SECONDS)
         spent = sum(map(processes.cpu_seconds, processes.tree(child.pid)))
+        # Before the file is read: what an arm writes last is then not missed.
+        ended = child.poll() is not None
         lines = path.read_text().splitlines() if path.exists() else []
         for line in lines[len(found) :]:
             one = json.loads(line)
             earlier = sum(other["uncounted"] for other in found)
             found.append(one | {"cpu": spent - earlier - one["uncounted"]})
         uncounted = sum(one["uncounted"] for one in found)
-        ended = child.poll() is not None
         if ended or spent - uncounted > limit:
             processes.kill_tree(child.pid)
             child.wait()

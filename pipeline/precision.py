@@ -5,7 +5,7 @@ In Keras's ``mixed_bfloat16`` the weights and their updates stay in float32, pro
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline import quiet
@@ -48,11 +48,16 @@ def of(params: Params) -> str:
     return next(name for name, value in POLICIES.items() if value == policy)
 
 
-def resolve(wanted: str, space: Mapping[str, Param]) -> str:
-    """The precision for fits in this process; ``auto`` is tried where it makes a difference."""
+def resolve(
+    wanted: str, space: Mapping[str, Param], measure: Callable[[], float] | None = None
+) -> str:
+    """The precision for fits; ``auto`` is tried where it makes a difference.
+
+    ``measure`` gives what bfloat16 gains, which ``gain`` finds in this process.
+    """
     if wanted != AUTO:
         return wanted
-    return chosen(gain()) if HYPERPARAMETER in space and supported() else "float32"
+    return chosen((measure or gain)()) if HYPERPARAMETER in space and supported() else "float32"
 
 
 def supported() -> bool:

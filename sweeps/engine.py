@@ -188,9 +188,9 @@ class Engine:
     def _phases(self) -> Phases:
         """The phases of this sweep, whose fits all have one precision."""
         space, chosen = self.member.PARAMS, self.task.precision
-        if chosen == precision.AUTO:
-            known = self.study.user_attrs.get("precision")
-            chosen = known or (self._probe() if precision.params("bfloat16", space) else "float32")
+        if chosen == precision.AUTO:  # as the study began
+            chosen = self.study.user_attrs.get("precision", chosen)
+        chosen = precision.resolve(chosen, space, self._probe)
         self.study.set_user_attr("precision", chosen)
         self.tags["precision"] = chosen
         self.run.tags({"precision": chosen})
@@ -200,18 +200,16 @@ class Engine:
         seed, total = self.task.seed, self.ledger.total
         return Phases(self.study, self.member, seed, total, self.outcomes, everywhere)
 
-    def _probe(self) -> str:
-        """The precision that this machine speaks for: tried in a fork, which costs 0.4 CPU-s."""
+    def _probe(self) -> float:
+        """What bfloat16 gains on this machine: tried in a fork, which costs 0.4 CPU-s."""
         assert self.nursery is not None
-        if not precision.supported():
-            return "float32"
         self.nursery.start(PROBE, {"probe": True}, PROBE_CPU_SECONDS)
         while True:
             for event in self.nursery.events(BEAT_SECONDS):
                 if event["trial"] == PROBE and "end" in event:
                     gain = float((event["end"] or {}).get("gain", 0.0))
                     self.run.metrics({"bfloat16_gain": gain}, 0)
-                    return precision.chosen(gain)
+                    return gain
 
     def _start(self, proposal: Proposal) -> None:
         """Promise a trial its grant, open its child run, have the nursery fork it."""

@@ -208,10 +208,9 @@ def _time(task: Task, prepared: float) -> tuple[list[Timed], int, float]:
     timed: list[Timed] = []
     n_too_dear = 0
     with closing(Nursery("sweeps.plan:body", preload(member))) as nursery:
-        wanted = task.precision
-        if wanted == precision.AUTO:  # which a sweep would try first
-            wanted = "bfloat16" if precision.supported() else "float32"
-        everywhere = precision.params(wanted, member.PARAMS)
+        # A sweep would try what bfloat16 gains; a plan takes the instructions for the gain.
+        chosen = precision.resolve(task.precision, member.PARAMS, lambda: precision.LEAST_GAIN)
+        everywhere = precision.params(chosen, member.PARAMS)
         proposals = search.proposals(member, task.seed, MAX_TIMED, everywhere)
         for number, params in enumerate(proposals):
             grant = GRANTS[min(number, 2)]
