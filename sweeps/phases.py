@@ -126,7 +126,7 @@ class Phases:
             # One that can do but a step or two is no better off than in the screen.
             able = [one for one in screened if self._n_steps(one, grant) >= FEWEST_STEPS]
             able = able or [one for one in screened if self._n_steps(one, grant) >= 1]
-            place = len(racing)
+            place = len(racing) + self._n_hopeless()
             return self._race(able[place % len(able)], place, grant) if able else None
         if any(trial.state == TrialState.RUNNING for trial in racing):
             return None
@@ -169,6 +169,16 @@ class Phases:
             and (every_round or trial.user_attrs.get("round") == self.total)
             and (phase in ("screen", "search") or trial.state != TrialState.FAIL)
         ]
+
+    def _n_hopeless(self) -> int:
+        """Racing trials of this budget that failed by themselves: to try them again would too."""
+        failed = {one.number for one in self.outcomes if one.failure not in (None, "killed")}
+        return sum(
+            trial.number in failed
+            and trial.user_attrs.get("phase") == "race"
+            and trial.user_attrs.get("round") == self.total
+            for trial in self.study.get_trials(deepcopy=False)
+        )
 
     def _spent(self, trials: Sequence[Trial]) -> float:
         """CPU-seconds of trials; one that still runs counts as the others do on average."""

@@ -209,6 +209,9 @@ def test_a_share_of_a_trial_that_failed_goes_to_another(tmp_path: Path) -> None:
     planned = driver.study.user_attrs["shares of 1200"]
     assert len(driver.of("race")) == planned["n_racing"] + 1
     assert driver.phases.winner() is not None
+    # Law: what failed by itself is not tried again, the next best is.
+    first, second = [late(proposal.trial.params) for proposal in driver.of("race")[:2]]
+    assert first != second
 
 
 def test_what_has_no_time_for_some_steps_does_not_race(tmp_path: Path) -> None:
