@@ -6,8 +6,9 @@ Two comparisons: ``search`` (all have the project's space and its train function
 no priors) and ``whole`` (each tuner as its documentation shows it on the deck's network, and our
 sweep as it is). Every arm is a process of its own on one worker. A watchdog adds up CPU-seconds, of
 it and of all its children, imports included, and kills it at the budget; its result is what had the
-best accuracy on ``val`` by then, after any epoch of any of its fits. Rows that are in
-``results/peers.csv`` already are not run again. The tuners' packages are in
+best accuracy on ``val`` by then, after any epoch of any of its fits. A tuner that does not know its
+budget runs once, to the largest, and is looked at at each. Rows that are in ``results/peers.csv``
+already are not run again. The tuners' packages are in
 ``benchmarks/requirements.txt``. ``--arms`` with those of ``arms.OURS`` in ``whole`` shows what each
 part of the sweep is good for.
 """
@@ -23,37 +24,60 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from benchmarks import arms
 from pipeline import models as all_models
-from pipeline import precision, prep, registry
+from pipeline import plots, precision, prep, registry
 from sweeps import processes
 from sweeps.nursery import ONE_THREAD
 
 RESULTS = Path(__file__).parent / "results"
 KEYS = ["comparison", "model", "budget", "arm", "seed"]
+AWARE = (*arms.OURS, "random_top")  # arms that know their budget
 FEW = ("deck", "random", "random_top", "optuna_median")  # the arms for other models than the CNN
-LEVELS = {"cnn": 0.878, "lstm": 0.870, "knn": 0.812}  # the deck's models', on these letters' test
+LEVELS = {"cnn": 0.907, "lstm": 0.887, "knn": 0.812}  # the deck's models', here
 POLL_SECONDS = 0.2
 OVERTIME = 1.05  # of the budget: ours ends itself, and is killed only if it does not
 
 
-def planned(args: argparse.Namespace) -> Iterator[tuple[str, str, int, str, int]]:
-    for budget, seed, model, comparison in itertools.product(
-        args.budgets, range(args.seeds), args.models, args.comparisons
-    ):
-        tuners = ["ours", *(arms.ARMS if model == "cnn" else FEW)]
-        for arm in args.arms or tuners:
-            yield comparison, model, budget, arm, seed
+class Job(NamedTuple):
+    """One process, and the rows that it gives: one for each comparison and budget."""
+
+    comparisons: tuple[str, ...]
+    model: str
+    budgets: tuple[int, ...]
+    arm: str
+    seed: int
+
+    def keys(self) -> list[tuple[str, str, int, str, int]]:
+        return [
+            (comparison, self.model, budget, self.arm, self.seed)
+            for comparison, budget in itertools.product(self.comparisons, self.budgets)
+        ]
 
 
-def run(key: tuple[str, str, int, str, int], root: Path, policy: str) -> dict[str, Any]:
-    """One row: an arm under the watchdog, and what it had found when its budget was spent."""
-    comparison, model, budget, arm, seed = key
+def planned(args: argparse.Namespace) -> Iterator[Job]:
+    for seed, model in itertools.product(range(args.seeds), args.models):
+        known = args.arms or ["ours", *(arms.ARMS if model == "cnn" else FEW)]
+        if "deck" in known:  # the same in all comparisons
+            yield Job(tuple(args.comparisons), model, tuple(args.budgets), "deck", seed)
+        for comparison, arm in itertools.product(args.comparisons, known):
+            if arm in AWARE:
+                for budget in args.budgets:
+                    yield Job((comparison,), model, (budget,), arm, seed)
+            elif arm != "deck":
+                yield Job((comparison,), model, tuple(args.budgets), arm, seed)
+
+
+def run(job: Job, root: Path, policy: str) -> list[dict[str, Any]]:
+    """An arm under the watchdog, and what it had found when each budget was spent."""
+    arm, budget = job.arm, max(job.budgets)
+    whole = arm == "deck" or "whole" in job.comparisons
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | ONE_THREAD
         environment |= {
@@ -65,8 +89,7 @@ def run(key: tuple[str, str, int, str, int], root: Path, policy: str) -> dict[st
         }
         code = (
             "from benchmarks.arms import run; "
-            f"run({arm!r}, {model!r}, {str(root)!r}, {seed}, {budget}, {comparison == 'whole'}, "
-            f"{policy!r})"
+            f"run({arm!r}, {job.model!r}, {str(root)!r}, {job.seed}, {budget}, {whole}, {policy!r})"
         )
         with (Path(folder) / "log").open("wb") as log:
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -78,25 +101,38 @@ def run(key: tuple[str, str, int, str, int], root: Path, policy: str) -> dict[st
         total = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         if ended and child.returncode:
             text = (Path(folder) / "log").read_text(errors="replace")
-            raise RuntimeError(f"{key} ended with {child.returncode}:\n{text[-3000:]}")
+            raise RuntimeError(f"{job} ended with {child.returncode}:\n{text[-3000:]}")
         if arm in arms.OURS:
             found, uncounted = _ours(folder, root, environment), 0.0
         else:
             uncounted = sum(one["uncounted"] for one in found)
+    spent = total - uncounted
+    return [dict(zip(KEYS, key, strict=True)) | _row(key, found, spent) for key in job.keys()]
+
+
+def _row(
+    key: tuple[str, str, int, str, int], found: Sequence[dict[str, Any]], spent: float
+) -> dict[str, Any]:
+    """Figures of an arm at one budget, of all that it found until it had spent so much."""
+    _, model, budget, arm, _ = key
+    later = spent > OVERTIME * budget  # it ran on, to a larger budget
     within = [one for one in found if one["cpu"] <= budget]
+    fits = [one for one in within if one["fit"] > 0]
     # Ours says which model it chose: the race's winner, not the luckiest trial.
     best = max(within, key=lambda one: (one.get("chosen", False), one["val"]), default=None)
-    return dict(zip(KEYS, key, strict=True)) | {
+    # A fit that was stopped is no overhead: a tuner is billed until its last whole one.
+    billed = spent if arm in arms.OURS else max((one["cpu"] for one in fits), default=np.nan)
+    return {
         "test_accuracy": best["test"] if best else 1 / 26,
         "val_accuracy": best["val"] if best else 1 / 26,
-        "n_fits": sum(one["fit"] > 0 for one in within),
+        "n_fits": len(fits),
         "reached_deck_at": next(
             (one["cpu"] for one in within if one["val"] >= LEVELS[model]), np.nan
         ),
         "anytime": _anytime(within, budget),
-        "cpu_seconds": total - uncounted,
-        "overrun": max(0.0, (total - uncounted) / budget - 1),
-        "overhead_share": 1 - sum(one["fit"] for one in found) / max(total - uncounted, 1e-6),
+        "cpu_seconds": budget if later else spent,
+        "overrun": np.nan if later else max(0.0, spent / budget - 1),
+        "overhead_share": 1 - sum(one["fit"] for one in fits) / billed,
     }
 
 
@@ -160,6 +196,32 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     return means.reset_index().sort_values(order, ascending=[True, True, True, False])
 
 
+def picture(means: pd.DataFrame) -> Figure:
+    """Accuracy on test of each arm, with the standard deviation over seeds; a panel for each set.
+
+    ``means`` is what ``table`` gives.
+    """
+    panels = list(means.groupby(["model", "comparison", "budget"], sort=False))
+    n_columns = min(len(panels), 4)
+    n_rows = -(-len(panels) // n_columns)
+    figure = Figure(figsize=(4.2 * n_columns, 2.9 * n_rows), layout="constrained")
+    grid = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for axes, ((model, comparison, budget), rows) in zip(grid, panels, strict=False):
+        ordered = rows.sort_values("test_accuracy")
+        accuracy, spread = 100 * ordered["test_accuracy"], 100 * ordered["test_std"].fillna(0)
+        colours = [plots.BLUE if arm in arms.OURS else plots.GREY for arm in ordered["arm"]]
+        bars = axes.barh(ordered["arm"], accuracy, xerr=spread, color=colours, capsize=3)
+        axes.bar_label(bars, fmt="%.1f", padding=4)
+        low = accuracy.min()
+        axes.set_xlim(max(0.0, low - 0.3 * (101 - low)), 101)
+        axes.set_title(f"{model.upper()}, {comparison}, {budget} CPU-s", loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("test accuracy (%), mean over seeds")
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--archive", required=True)
@@ -180,15 +242,18 @@ def main() -> None:
     policy = precision.POLICIES[precision.resolve(precision.AUTO, space)]
     processes.adopt_orphans()
     shard, n_shards = map(int, args.shard.split("/"))
-    for key in list(planned(args))[shard::n_shards]:
+    for job in list(planned(args))[shard::n_shards]:
         rows = pd.read_csv(args.output) if args.output.exists() else pd.DataFrame(columns=KEYS)
-        if (rows[KEYS] == list(key)).all(axis=1).any():
+        there = set(rows[KEYS].itertuples(index=False, name=None))
+        if there.issuperset(job.keys()):
             continue
-        row = run(key, data.root.absolute(), policy)
-        header = not args.output.exists()
-        pd.DataFrame([row]).to_csv(args.output, mode="a", header=header, index=False)
-        print(*key, f"{row['test_accuracy']:.4f} in {row['cpu_seconds']:.0f} CPU-s", flush=True)
-    print(table(pd.read_csv(args.output)).to_string(index=False))
+        new = run(job, data.root.absolute(), policy)
+        found = pd.DataFrame([row for row in new if tuple(row[key] for key in KEYS) not in there])
+        found.to_csv(args.output, mode="a", header=not args.output.exists(), index=False)
+        print(found.to_string(index=False, header=False), flush=True)
+    means = table(pd.read_csv(args.output))
+    picture(means).savefig(args.output.with_suffix(".png"), dpi=110)
+    print(means.to_string(index=False))
 
 
 if __name__ == "__main__":

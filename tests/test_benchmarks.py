@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import subprocess
@@ -85,6 +86,41 @@ def test_what_an_arm_finds_is_written_down_as_it_is_found(
     assert all(0 <= one["test"] <= 1 and one["uncounted"] > 0 for one in notes)
 
 
+def test_a_tuner_that_knows_no_budget_runs_once_for_all(tmp_path: Path) -> None:
+    given = {"models": ["cnn"], "budgets": [300, 900], "seeds": 2, "arms": None}
+    jobs = list(peers.planned(argparse.Namespace(**given, comparisons=["search", "whole"])))
+    keys = [key for job in jobs for key in job.keys()]
+    # Law: each row once, whoever makes it.
+    assert len(set(keys)) == len(keys) == 2 * 2 * 2 * len(["ours", *arms.ARMS])
+    for job in jobs:
+        assert len(job.budgets) == (1 if job.arm in ("ours", "random_top") else 2)
+        assert len(job.comparisons) == (2 if job.arm == "deck" else 1)
+
+
+def test_a_row_is_what_was_found_within_its_budget() -> None:
+    found = [
+        {"val": 0.7, "test": 0.6, "cpu": 100.0, "fit": 0.0},
+        {"val": 0.7, "test": None, "cpu": 100.0, "fit": 75.0},
+        {"val": 0.91, "test": 0.9, "cpu": 400.0, "fit": 0.0},
+        {"val": 0.91, "test": None, "cpu": 400.0, "fit": 285.0},
+    ]
+    early, late = (
+        peers._row(("whole", "cnn", budget, "random", 0), found, 902.0) for budget in (300, 900)
+    )
+    assert (early["test_accuracy"], late["test_accuracy"]) == (0.6, 0.9)
+    assert (early["n_fits"], late["n_fits"]) == (1, 2)
+    assert np.isnan(early["reached_deck_at"])
+    assert late["reached_deck_at"] == 400.0
+    # It was not stopped at the first budget, so nobody knows by how much it would have overrun it.
+    assert np.isnan(early["overrun"])
+    assert late["overrun"] == pytest.approx(2 / 900)
+    assert early["overhead_share"] == pytest.approx(0.25)
+    assert late["overhead_share"] == pytest.approx(0.1)
+    nothing = peers._row(("whole", "cnn", 300, "random", 0), [], 301.0)
+    assert nothing["test_accuracy"] == pytest.approx(1 / 26)
+    assert np.isnan(nothing["overhead_share"])
+
+
 def test_the_area_under_what_was_best_so_far() -> None:
     early = [{"val": 0.9, "cpu": 10.0}, {"val": 0.8, "cpu": 20.0}]
     assert peers._anytime([{"val": 0.9, "cpu": 0.0}], 100.0) == pytest.approx(0.9)
@@ -119,3 +155,5 @@ def test_a_table_has_a_row_for_each_arm_the_best_first() -> None:
     assert list(table["n_seeds"]) == [3, 3]
     assert list(table["test_accuracy"]) == pytest.approx([0.91, 0.81])
     assert list(table["test_std"]) == pytest.approx([0.01, 0.01])
+    (axes,) = peers.picture(table).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["random", "ours"]
