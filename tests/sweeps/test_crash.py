@@ -136,9 +136,7 @@ def _check_the_end(typist: Typist) -> None:
 @pytest.mark.timeout(900)  # 21 sweeps have to load
 def test_a_sweep_killed_twenty_times_is_continued(typist: Typist) -> None:
     rng = random.Random(0)
-    loading = (
-        0.0  # seconds to the first trial: a busy machine takes several times what an idle does
-    )
+    loading = 0.0  # seconds to the first trial; several times as many on a busy machine
     for _ in range(20):
         began, driver = time.monotonic(), typist.type(n_trials=1000)
         if loading:
