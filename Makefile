@@ -20,7 +20,7 @@ sweep: venv
 	$(RUN) -e sweep -P model=$(MODEL) -P cpu_minutes=$(CPU_MINUTES)
 
 ui: venv
-	@echo "open http://127.0.0.1:5000/#/experiments/0/runs?workflowType=machine_learning"
+	@echo "open http://127.0.0.1:5000/#/experiments/0/runs?workflowType=machine_learning&viewStateShareKey=sweeps"
 	$(BIN)/mlflow ui
 
 test: $(BIN)/.dev

@@ -32,11 +32,12 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import Schema, TensorSpec
 from mlflow.utils import requirements_utils
 
-from pipeline import owner
+from pipeline import owner, views
 from pipeline.bill import charge
 from pipeline.spec import LETTERS, SIDE, Dataset, Fitted, Images, UserError
 
 REGISTERED_MODEL = "letters"
+NOTE = "mlflow.note.content"  # the tag that the MLflow UI shows as description
 # Unnamed: MLflow would hand named tensors on as a dict.
 SIGNATURE = ModelSignature(
     inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, SIDE, SIDE))]),
@@ -77,7 +78,7 @@ class Run:
 
     def describe(self, markdown: str) -> None:
         """Set the description, which the MLflow UI shows on the run's page."""
-        self.tags({"mlflow.note.content": markdown})
+        self.tags({NOTE: markdown})
 
     @charge("tracking")
     def write(
@@ -221,6 +222,7 @@ def start(
         run = create(client, step, parent)
     if parent is None:
         reconcile(run)
+        show(run)
     status = "KILLED"
     try:
         run.tags({"step": step, "process": owner.me()} | environment_tags())
@@ -245,6 +247,18 @@ def reconcile(run: Run) -> None:
     for other in left:
         if other.info.run_id != run.id and owner.is_dead(other.data.tags["process"]):
             run.client.set_terminated(other.info.run_id, "KILLED")
+
+
+@charge("tracking")
+def show(run: Run) -> None:
+    """Give the run's experiment its views, and a description where it has none."""
+    there = run.client.get_experiment(run.experiment_id).tags
+    wanted = views.tags()
+    if NOTE not in there:
+        wanted[NOTE] = views.DESCRIPTION
+    for key, value in wanted.items():
+        if there.get(key) != value:
+            run.client.set_experiment_tag(run.experiment_id, key, value)
 
 
 @charge("tracking")
@@ -408,9 +422,8 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def ui_hint(experiment: str) -> str:
-    """How to look at the runs: MLflow opens another view than the runs table unless told so."""
-    place = f"/#/experiments/{experiment}/runs?workflowType=machine_learning"
-    return f"look at the runs: `mlflow ui`, then http://127.0.0.1:5000{place}"
+    """How to look at the runs."""
+    return f"look at the runs: `mlflow ui`, then http://127.0.0.1:5000{views.address(experiment)}"
 
 
 def _model_id(model_uri: str) -> str:

@@ -18,7 +18,7 @@ from sweeps import processes, search
 from sweeps.budget import RESERVE_CPU_SECONDS, Ledger, own_cpu_seconds
 from sweeps.nursery import Message, Nursery
 from sweeps.phases import Phases, Proposal
-from sweeps.trial import STATUS, Outcome, Referee
+from sweeps.trial import STATUS, Outcome, Referee, description
 
 MAX_FAILURES = 3  # a sweep whose first trials all fail has one cause
 LOGGING_CPU_SECONDS = 2.0  # after a trial's last step, before one has shown what it takes
@@ -296,6 +296,8 @@ class Engine:
             "error": outcome.error,
             "model_uri": outcome.model_uri,
         }
+        trial = self.study.get_trials(deepcopy=False)[outcome.number]
+        texts[tracking.NOTE] = description(outcome, trial, self.member.PARAMS)
         last = curve[-1].step if curve else 0
         # At once: a write for every step would be a trial's largest overhead.
         run.write(

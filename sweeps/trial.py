@@ -10,7 +10,7 @@ import optuna
 
 from pipeline import precision, tracking
 from pipeline.bill import METER, charge, completed
-from pipeline.spec import Dataset
+from pipeline.spec import Dataset, Param
 from pipeline.train import train
 from sweeps.nursery import Message
 
@@ -61,6 +61,31 @@ class Outcome(NamedTuple):
     @property
     def cpu_seconds(self) -> float:
         return sum(self.bill.values())
+
+
+def description(
+    outcome: Outcome, trial: optuna.trial.FrozenTrial, space: Mapping[str, Param]
+) -> str:
+    """Markdown for the trial's page: how it ended, what it cost, what it changed of the deck's."""
+    reached = "no model" if outcome.model_uri is None else f"{outcome.val_accuracy:.2%} on val"
+    phase = trial.user_attrs.get("phase", "")
+    fit = outcome.bill.get("fit", 0.0)
+    n_steps = len(trial.intermediate_values)
+    text = (
+        f"**{reached}**, {outcome.state} after {n_steps} steps ({phase}) and "
+        f"{outcome.cpu_seconds:.1f} CPU-seconds, {fit:.1f} of them training and validation"
+    )
+    if outcome.error:
+        text += f"; {outcome.error.splitlines()[0]}"
+    changed = [
+        [name, value, space[name].default]
+        for name, value in trial.params.items()
+        if value != space[name].default
+    ]
+    if not changed:
+        return f"{text}\n\nThe deck's hyperparameters."
+    table = tracking.markdown(["hyperparameter", "value", "the deck's"], changed)
+    return f"{text}\n\n{table}"
 
 
 def prepare() -> None:

@@ -1,5 +1,7 @@
 import contextlib
+import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,7 +11,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from pipeline import tracking
+from pipeline import tracking, views
 from pipeline.spec import UserError
 
 
@@ -28,6 +30,34 @@ def test_a_run_that_ends_well_is_finished_and_tagged(store: mlflow.MlflowClient)
     assert {"git_commit", "git_dirty", "versions", "cpu_model", "threads", "precision"} <= set(tags)
     assert f"mlflow={mlflow.__version__}" in tags["versions"]
     assert tags["step"] == "train"
+
+
+def test_an_experiment_gets_its_views_and_a_description_once(store: mlflow.MlflowClient) -> None:
+    with tracking.start("train"):
+        pass
+    first = store.get_experiment("0").tags
+    names = [json.loads(first[key])["name"] for key in views.tags()]
+    assert names[0] == "Sweeps side by side"
+    assert first["mlflow.note.content"] == views.DESCRIPTION
+    # What a user writes there stays; a view that another version has left is made new.
+    store.set_experiment_tag("0", "mlflow.note.content", "mine")
+    store.set_experiment_tag("0", next(iter(views.tags())), "old")
+    with tracking.start("train"):
+        pass
+    assert store.get_experiment("0").tags == first | {"mlflow.note.content": "mine"}
+
+
+def test_views_show_what_runs_have() -> None:
+    for value in views.tags().values():
+        assert len(value) <= 5000  # more MLflow refuses
+        view = json.loads(value)
+        state = json.loads(view["state"])
+        # Each column is one of a metric or a tag, and each chart belongs to a section.
+        assert all(re.fullmatch(r"(metrics|tags)\.`\w+`", one) for one in state["selectedColumns"])
+        sections = {section["uuid"] for section in state["compareRunSections"]}
+        charts = state["compareRunCharts"]
+        assert {chart["metricSectionId"] for chart in charts} <= sections
+        assert len({chart["uuid"] for chart in charts}) == len(charts)
 
 
 def test_a_run_that_raises_is_failed_with_its_traceback(store: mlflow.MlflowClient) -> None:

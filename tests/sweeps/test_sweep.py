@@ -94,6 +94,11 @@ def test_every_trial_is_a_child_run_and_the_sweep_shows_the_best(sweeps: Sweeps)
         assert trial.data.tags["state"] in ("complete", "pruned", "over_budget")
         assert {"quality", "steps", "seed"} <= set(trial.data.params)
         assert {"val_accuracy", "cpu_seconds", "fit_cpu_seconds"} <= set(trial.data.metrics)
+        # Its page says what it reached, and what it changed.
+        text = trial.data.tags["mlflow.note.content"]
+        assert text.startswith(f"**{trial.data.metrics['val_accuracy']:.2%} on val**")
+        row = f"| quality        | {trial.data.params['quality']}"
+        assert row in text if trial.data.tags["trial"] != "0" else "The deck's" in text
     assert mlflow.pyfunc.load_model(trials[-1].data.tags["model_uri"]) is not None
     # Trial 0 is the defaults and ran to its end; some of the others were pruned.
     assert (trials[0].data.params["quality"], trials[0].data.params["steps"]) == ("0.5", "3")
