@@ -9,7 +9,7 @@ import pytest
 import yaml
 from mlflow.utils.environment import _PythonEnv
 
-from pipeline import compare, evaluate, prep, promote, train
+from pipeline import compare, evaluate, prep, promote, reproduce, train
 from sweeps import main, sweep
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +21,7 @@ STEPS = {
     "train": train,
     "sweep": sweep,
     "evaluate": evaluate,
+    "reproduce": reproduce,
     "compare": compare,
     "promote": promote,
 }

@@ -1,0 +1,212 @@
+"""The step ``reproduce``: a run's letters, code and fit again, and whether its metric agrees.
+
+mlflow run . -e reproduce -P run_id=...
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import mlflow
+from mlflow.entities import Run as RunEntity
+
+from pipeline import cli, environment, evaluate, tracking
+from pipeline.checkout import checkout, step_of
+from pipeline.spec import UserError
+
+OPTIONS: dict[str, cli.Convert] = {"run_id": cli.text, "archive": cli.text, "data_dir": cli.text}
+RECORDED = "recorded"  # the archive that the run was given
+N_ERRORS = 3  # standard errors by which two fits of one kind may differ
+DIRTY = ", but the run was made from files changed since: its exact code is unknown"
+STOPPED = {  # states of a trial whose fit was not a whole one
+    "pruned": "it was pruned, and is compared up to its last step",
+    "over_budget": "its grant ended it, and it is compared up to its last step",
+}
+
+Curve = dict[int, float]  # step: val_accuracy
+
+
+class Verdict(NamedTuple):
+    """How a fit compares with the recorded one, at the last step that both have.
+
+    Attributes:
+        exact: equal bit for bit at every recorded step.
+        strict: whether that is asked for; else a difference up to ``tolerance`` agrees.
+        last: the last recorded step.
+    """
+
+    exact: bool
+    strict: bool
+    step: int
+    last: int
+    recorded: float
+    reproduced: float
+    tolerance: float
+
+    @property
+    def agrees(self) -> bool:
+        near = self.step == self.last and abs(self.reproduced - self.recorded) <= self.tolerance
+        return self.exact or (near and not self.strict)
+
+    def words(self) -> str:
+        if self.exact:
+            return f"agrees bit for bit: val_accuracy {self.recorded:.4f} after step {self.last}"
+        values = f"{self.reproduced:.6f} after step {self.step}, recorded {self.recorded:.6f}"
+        if self.agrees:
+            return f"agrees within the tolerance of {self.tolerance:.4f}: val_accuracy {values}"
+        if self.step < self.last:
+            return f"does not agree, it ends before step {self.last}: val_accuracy {values}"
+        if self.strict:
+            return (
+                f"does not agree: val_accuracy {values}; in float32 on one thread, with nothing "
+                "changed in code and environment, they must be equal bit for bit"
+            )
+        return f"does not agree: val_accuracy {values}; the tolerance is {self.tolerance:.4f}"
+
+
+def reproduce(run: tracking.Run, source: RunEntity, archive: str, data_dir: Path) -> Verdict:
+    """Do again what the run ``source`` did, and log how that compares."""
+    tags, label = source.data.tags, str(source.info.run_name).partition(" · ")[0]
+    dirty, state = tags["git_dirty"] == "true", tags.get("state", "complete")
+    data, params = letters(run.client, source, archive), hyperparameters(source)
+    run.name(f"reproduce {label}")
+    keys = ("model", "dataset", "dataset_title", "dataset_digest")
+    run.tags({key: tags[key] for key in keys} | {"reproduced_run_id": source.info.run_id})
+    run.params(params | data)
+    with checkout(tags["git_commit"], data_dir) as (code, scratch):
+        lock = code / "requirements.txt"
+        packages = environment.compare(tags, lock.read_text() if lock.exists() else "")
+        origin = f"{label}, code of commit {tags['git_commit'][:8]}"
+        origin += (DIRTY if dirty else "") + (f"; {STOPPED[state]}" if state in STOPPED else "")
+        print(f"{origin}\n\n{environment.described(packages)}\n", flush=True)
+        run.csv("environment.csv", packages)
+        place = {"data_dir": str(scratch)}
+        made = step_of(code, run, "prep", data | place)
+        check_digest(source, made, data["archive"])
+        again = step_of(code, run, "train", params | data | place)
+    # Else it would be the latest train run, which other steps ask for.
+    replace(run, id=again.info.run_id).tags({"step": "retrain"})
+    strict = not dirty and tags["precision"] == "float32" and environment.changes(packages).empty
+    recorded, reproduced = curve(run.client, source), curve(run.client, again)
+    curves = {"recorded_val_accuracy": recorded, "val_accuracy": reproduced}
+    verdict = judge(recorded, reproduced, strict, _counts(source)["val"])
+    agrees = "agrees" if verdict.agrees else "disagrees"
+    run.write(
+        [
+            tracking.Point(step, time.time(), {name: value})
+            for name, points in curves.items()
+            for step, value in points.items()
+        ],
+        tags={"agrees": str(verdict.agrees).lower(), "retrained_run_id": again.info.run_id},
+    )
+    run.metrics({"val_accuracy_tolerance": verdict.tolerance})
+    run.name(f"reproduce {label} · {agrees}")
+    table = tracking.markdown(
+        ["step", *curves], [[step, *_cells(curves, step)] for step in reproduced]
+    )
+    run.describe(f"**{origin}** {verdict.words()}\n\n{table}\n\n{environment.described(packages)}")
+    return verdict
+
+
+def letters(client: mlflow.MlflowClient, source: RunEntity, archive: str) -> dict[str, str]:
+    """The options by which ``prep`` makes a run's letters again."""
+    params = dict(source.data.params)
+    if sweep := source.data.tags.get("mlflow.parentRunId"):  # a trial's archive is its sweep's
+        params = tracking.get_run(client, sweep).data.params | params
+    if archive == RECORDED and "archive" not in params:
+        raise UserError(
+            "the archive must be given for a run that has recorded none, and "
+            f"{source.info.run_id!r} has not: pass -P archive=PATH or URL, or -P archive=default"
+        )
+    return {
+        "dataset": source.data.tags["dataset"],
+        "archive": params["archive"] if archive == RECORDED else archive,
+        "n_train": params.get("n_train", str(_counts(source)["train"])),
+    }
+
+
+def hyperparameters(source: RunEntity) -> dict[str, str]:
+    """A run's hyperparameters, model and seed, as ``train`` takes them.
+
+    What was left to the fit is left to it again.
+    """
+    params = source.data.params
+    return {name: value for name, value in params.items() if not name.startswith("found_")}
+
+
+def check_digest(source: RunEntity, made: RunEntity, archive: str) -> None:
+    """Refuse other letters than those of the run ``source``."""
+    wanted, came = (one.data.tags["dataset_digest"] for one in (source, made))
+    if wanted != came:
+        raise UserError(
+            f"the letters must have the digest {wanted}, as those of the run had, but those of "
+            f"archive={archive} have {came}: pass -P archive=PATH of the archive that the run read"
+        )
+
+
+def judge(recorded: Curve, reproduced: Curve, strict: bool, n_val: int) -> Verdict:
+    """Compare two fits by their accuracies on ``n_val`` letters after each step."""
+    last = max(recorded)
+    step = max(recorded.keys() & reproduced.keys())
+    return Verdict(
+        exact=all(reproduced.get(step) == value for step, value in recorded.items()),
+        strict=strict,
+        step=step,
+        last=last,
+        recorded=recorded[step],
+        reproduced=reproduced[step],
+        tolerance=tolerance(recorded[step], n_val),
+    )
+
+
+def tolerance(accuracy: float, n: int) -> float:
+    """Three standard errors of the difference between two accuracies on ``n`` letters.
+
+    Another processor or library rounds otherwise, and a fit makes of that what another seed makes
+    of it. As the two fits answer the same letters, they differ by less than two draws of letters.
+    """
+    share = (accuracy * n + 1) / (n + 2)  # never 0 or 1, where a standard error would be 0
+    return N_ERRORS * math.sqrt(2 * share * (1 - share) / n)
+
+
+def curve(client: mlflow.MlflowClient, source: RunEntity) -> Curve:
+    """A run's accuracy on val after each step."""
+    points = client.get_metric_history(source.info.run_id, "val_accuracy")
+    return {point.step: point.value for point in points}
+
+
+def find(client: mlflow.MlflowClient, run_id: str) -> RunEntity:
+    """The run whose fit is meant: of a sweep its best trial."""
+    source = evaluate.find(client, run_id)
+    return tracking.get_run(client, source.data.tags.get("best_run_id", source.info.run_id))
+
+
+def _counts(source: RunEntity) -> dict[str, int]:
+    """Letters of each part of a run's data set."""
+    inputs = source.inputs.dataset_inputs if source.inputs else []
+    counts: dict[str, int] = json.loads(str(inputs[0].dataset.profile))
+    return counts
+
+
+def _cells(curves: Mapping[str, Curve], step: int) -> list[str]:
+    return [f"{points[step]:.6f}" if step in points else "–" for points in curves.values()]
+
+
+def main(argv: Sequence[str]) -> None:
+    options = cli.parse_all("reproduce", argv, OPTIONS)
+    with tracking.start("reproduce") as run:
+        source = find(run.client, options["run_id"])
+        verdict = reproduce(run, source, options["archive"], Path(options["data_dir"]))
+    print(tracking.ui_hint(run.experiment_id))
+    sentence = f"{source.info.run_name}, run {source.info.run_id}, {verdict.words()}"
+    if not verdict.agrees:
+        raise UserError(f"{sentence}: see the table of run {run.id}")
+    print(sentence)
+
+
+if __name__ == "__main__":
+    cli.run(main)
