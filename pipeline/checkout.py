@@ -69,11 +69,12 @@ def check(commit: str) -> None:
 
 
 def step_of(
-    code: Path, run: tracking.Run, entry_point: str, parameters: Mapping[str, str]
+    code: Path, origin: str, run: tracking.Run, entry_point: str, parameters: Mapping[str, str]
 ) -> RunEntity:
     """Run a step of the code in the folder ``code`` to its end, in a child run; gives that.
 
-    Its own MLproject has the command and the defaults of what is not given.
+    ``origin`` names the code in an error. Its own MLproject has the command, and the defaults of
+    what is not given.
     """
     child = tracking.create(run.client, entry_point, run)
     child.write(params=parameters)
@@ -99,8 +100,8 @@ def step_of(
             child.close(status)
     if done.returncode:
         raise UserError(
-            f"{entry_point} of the run's commit must succeed in this environment, but it ended "
-            f"with exit code {done.returncode}: its own message is above, beside what has changed"
+            f"{entry_point} of {origin} must succeed in this environment, but it ended with exit "
+            f"code {done.returncode}: its own message is above, and so is what has changed"
         )
     return run.client.get_run(child.id)
 

@@ -21,10 +21,10 @@ from pipeline.spec import UserError
 OPTIONS: dict[str, cli.Convert] = {"run_id": cli.text, "archive": cli.text, "data_dir": cli.text}
 RECORDED = "recorded"  # the archive that the run was given
 N_ERRORS = 3  # standard errors by which two fits of one kind may differ
-DIRTY = ", but the run was made from files changed since: its exact code is unknown"
+DIRTY = " (the run was made from changed files on top of it: its exact code is unknown)"
 STOPPED = {  # states of a trial whose fit was not a whole one
-    "pruned": "it was pruned, and is compared up to its last step",
-    "over_budget": "its grant ended it, and it is compared up to its last step",
+    "pruned": "; it was pruned, and is compared up to its last step",
+    "over_budget": "; its grant ended it, and it is compared up to its last step",
 }
 
 Curve = dict[int, float]  # step: val_accuracy
@@ -80,14 +80,14 @@ def reproduce(run: tracking.Run, source: RunEntity, archive: str, data_dir: Path
     with checkout(tags["git_commit"], data_dir) as (code, scratch):
         lock = code / "requirements.txt"
         packages = environment.compare(tags, lock.read_text() if lock.exists() else "")
-        origin = f"{label}, code of commit {tags['git_commit'][:8]}"
-        origin += (DIRTY if dirty else "") + (f"; {STOPPED[state]}" if state in STOPPED else "")
-        print(f"{origin}\n\n{environment.described(packages)}\n", flush=True)
+        origin = f"commit {tags['git_commit'][:8]}" + (DIRTY if dirty else "")
+        heading = f"{label}, code of {origin}" + STOPPED.get(state, "")
+        print(f"{heading}\n\n{environment.described(packages)}\n", flush=True)
         run.csv("environment.csv", packages)
         place = {"data_dir": str(scratch)}
-        made = step_of(code, run, "prep", data | place)
+        made = step_of(code, origin, run, "prep", data | place)
         check_digest(source, made, data["archive"])
-        again = step_of(code, run, "train", params | data | place)
+        again = step_of(code, origin, run, "train", params | data | place)
     # Else it would be the latest train run, which other steps ask for.
     replace(run, id=again.info.run_id).tags({"step": "retrain"})
     strict = not dirty and tags["precision"] == "float32" and environment.changes(packages).empty
@@ -108,7 +108,9 @@ def reproduce(run: tracking.Run, source: RunEntity, archive: str, data_dir: Path
     table = tracking.markdown(
         ["step", *curves], [[step, *_cells(curves, step)] for step in reproduced]
     )
-    run.describe(f"**{origin}** {verdict.words()}\n\n{table}\n\n{environment.described(packages)}")
+    run.describe(
+        f"**{heading}**: {verdict.words()}\n\n{table}\n\n{environment.described(packages)}"
+    )
     return verdict
 
 
