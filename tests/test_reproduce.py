@@ -18,7 +18,7 @@ from mlflow.entities import Metric, Param, RunTag
 from steps import alive, arguments, artifacts, runs, toy, wait
 from stores import N_TRAIN, ROOT, open_store
 
-from pipeline import checkout, reproduce
+from pipeline import checkout, environment, reproduce, tracking
 from pipeline.spec import UserError
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="there is no git")
@@ -295,6 +295,12 @@ def test_bad_values_are_a_sentence(options: dict[str, str], rule: str, desk: Des
         reproduce.main(arguments(good | options))
 
 
+def test_a_run_without_a_model_is_a_sentence(desk: Desk) -> None:
+    (prep, *_) = runs(desk.store, "prep")
+    with pytest.raises(UserError, match="run_id must name a run with a model"):
+        desk.again(prep.info.run_id)
+
+
 # ---- which code
 
 
@@ -364,6 +370,22 @@ def test_what_a_kill_has_left_is_removed_after_a_day(
 
 
 # ---- the verdict
+
+
+@pytest.mark.parametrize(
+    ("change", "exact"),
+    [
+        ({}, True),
+        ({"git_dirty": "true"}, False),
+        ({"precision": "bfloat16"}, False),
+        ({"cpu_model": "Abacus"}, False),
+    ],
+)
+def test_bit_for_bit_is_asked_of_float32_where_nothing_has_changed(
+    change: dict[str, str], exact: bool
+) -> None:
+    tags = tracking.environment_tags() | {"git_dirty": "false"} | change
+    assert reproduce.is_exact(tags, environment.compare(tags, "")) is exact
 
 
 def judged(recorded: dict[int, float], reproduced: dict[int, float], strict: bool) -> Any:
