@@ -93,7 +93,7 @@ def reproduce(run: tracking.Run, source: RunEntity, archive: str, data_dir: Path
     replace(run, id=again.info.run_id).tags({"step": "retrain"})
     recorded, reproduced = curve(run.client, source), curve(run.client, again)
     curves = {"recorded_val_accuracy": recorded, "val_accuracy": reproduced}
-    verdict = judge(recorded, reproduced, is_exact(tags, packages), _counts(source)["val"])
+    verdict = judge(recorded, reproduced, is_strict(tags, packages), _counts(source)["val"])
     agrees = "agrees" if verdict.agrees else "disagrees"
     run.write(
         [
@@ -109,7 +109,7 @@ def reproduce(run: tracking.Run, source: RunEntity, archive: str, data_dir: Path
         ["step", *curves], [[step, *_cells(curves, step)] for step in reproduced]
     )
     run.describe(
-        f"**{heading}**: {verdict.words()}\n\n{table}\n\n{environment.described(packages)}"
+        f"**{heading}**: {verdict.words()}\n\n{environment.described(packages)}\n\n{table}"
     )
     return verdict
 
@@ -150,7 +150,7 @@ def check_digest(source: RunEntity, made: RunEntity, archive: str) -> None:
         )
 
 
-def is_exact(tags: Mapping[str, str], packages: pd.DataFrame) -> bool:
+def is_strict(tags: Mapping[str, str], packages: pd.DataFrame) -> bool:
     """Whether a fit like that of a run with these tags must give the same bits again.
 
     In bfloat16 it has done so too wherever it was tried, which is on one kind of processor.
