@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from pipeline.bill import METER
-from pipeline.spec import Param, Params, UserError
+from pipeline.spec import Param, Params, Refused, UserError
 
 Convert = Callable[[str, str], Any]  # (name, text) -> value
 
@@ -107,6 +107,21 @@ def flag(name: str, value: str) -> bool:
     return value == "true"
 
 
+def limit(name: str, value: str) -> float:
+    """A number above 0, or ``none`` (inf): no limit."""
+    return math.inf if value == "none" else positive(name, value)
+
+
+def share(name: str, value: str) -> float:
+    """A number from 0 to 1."""
+    number = _number(name, value)
+    if not 0 <= number <= 1:
+        raise UserError(
+            f"{name} must be a number from 0 to 1, but {value!r} came: pass -P {name}=0.01"
+        )
+    return number
+
+
 def hyperparameters(model: str, space: Mapping[str, Param], given: Mapping[str, str]) -> Params:
     """Every hyperparameter of ``space``: the given text converted and checked, else the default."""
     for name in given:
@@ -153,6 +168,8 @@ def _within(name: str, param: Param, value: str) -> Any:
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run a step's ``main`` on the command line: a user's mistake is one sentence and exit code 2.
 
+    So is a refusal, in words of its own.
+
     SIGTERM ends the step as Ctrl-C does, so that its runs are closed as KILLED.
     """
     # Set before TensorFlow is imported: without it every start prints a page of remarks.
@@ -165,7 +182,7 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{'refused' if isinstance(error, Refused) else 'error'}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped: the open runs are marked KILLED", file=sys.stderr)

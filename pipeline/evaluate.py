@@ -34,12 +34,7 @@ def evaluate(run: tracking.Run, source: RunEntity, data: Dataset) -> dict[str, f
     """Log how the model of the run ``source`` does on ``test``; gives the metrics."""
     model_uri = source.data.tags["model_uri"]
     test = data.part("test")
-    if "keras" in Model.load(model_uri).flavors:
-        quiet.import_keras()
-    model = mlflow.pyfunc.load_model(model_uri)
-    with threadpool_limits(1):
-        probabilities: Probabilities = model.predict(np.asarray(test.images))
-        latency = latencies(model, test.images)
+    probabilities, latency = answer(model_uri, test.images)
     counts = confusion_matrix(test.labels, probabilities.argmax(axis=1), labels=range(len(LETTERS)))
     bins = confidence_bins(probabilities, test.labels)
     metrics = {
@@ -70,6 +65,16 @@ def evaluate(run: tracking.Run, source: RunEntity, data: Dataset) -> dict[str, f
     run.figure("mistakes.png", mistakes(test, probabilities, title))
     run.describe(description(metrics, counts, title))
     return metrics
+
+
+def answer(model_uri: str, images: Images) -> tuple[Probabilities, dict[str, float]]:
+    """What a logged model says of letters, and how long it takes; on one thread."""
+    if "keras" in Model.load(model_uri).flavors:
+        quiet.import_keras()
+    model = mlflow.pyfunc.load_model(model_uri)
+    with threadpool_limits(1):
+        probabilities: Probabilities = model.predict(np.asarray(images))
+        return probabilities, latencies(model, images)
 
 
 def accuracy(counts: Counts) -> dict[str, float]:

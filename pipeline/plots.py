@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from pipeline.bill import OVERHEAD
 from pipeline.spec import LETTERS, SIDE, Images, Part
 
+Counts = npt.NDArray[np.int64]
 BLUE, GREY, RED = "#1f5fa8", "#9aa5b1", "#c0392b"
 
 
@@ -108,6 +109,20 @@ def comparison(table: pd.DataFrame, title: str) -> Figure:
     axes.set_xticks(x, [str(name).upper() for name in table["model"]])
     axes.set_ylim(max(0, 10 * np.floor(np.nanmin(accuracy) / 10 - 2)), 104)
     figure.legend(frameon=False, loc="outside lower right", ncols=2)
+    return figure
+
+
+def won_and_lost(won: Counts, lost: Counts, title: str) -> Figure:
+    """Letters that only one of two models reads right: ``won`` and ``lost`` (26,), A to Z."""
+    figure, axes = _axes(title, "", "letters of gate")
+    x = np.arange(len(LETTERS))
+    axes.bar(x, won, color=BLUE, label=f"right by the challenger alone: {won.sum()}")
+    axes.bar(x, -lost, color=RED, label=f"right by the champion alone: {lost.sum()}")
+    axes.scatter(x, won - lost, color="black", marker="_", s=90, zorder=3, label="difference")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(x, list(LETTERS))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+    figure.legend(frameon=False, loc="outside lower right", ncols=3, fontsize=9)
     return figure
 
 

@@ -39,6 +39,10 @@ class UserError(Exception):
     """A mistake that the user can mend, in one sentence: the rule, what came, the cure."""
 
 
+class Refused(UserError):
+    """A decision against what was asked for, in one sentence; nothing is wrong with the asking."""
+
+
 class Part(NamedTuple):
     """Letters of one part, row i of one belonging to row i of the other."""
 

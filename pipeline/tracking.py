@@ -1,4 +1,4 @@
-"""What every run records, said once; the only place that writes to MLflow.
+"""What every run records, said once; the only place that writes runs.
 
 Runs are written through ``MlflowClient`` with explicit run ids, never through the fluent API, so
 that several runs can be open at once.
@@ -36,7 +36,6 @@ from pipeline import owner, views
 from pipeline.bill import charge
 from pipeline.spec import LETTERS, SIDE, Dataset, Fitted, Images, UserError
 
-REGISTERED_MODEL = "letters"
 NOTE = "mlflow.note.content"  # the tag that the MLflow UI shows as description
 # Unnamed: MLflow would hand named tensors on as a dict.
 SIGNATURE = ModelSignature(

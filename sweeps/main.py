@@ -6,6 +6,7 @@ Every step is an ``mlflow run`` of its own, as a user would type it: a sweep sta
 process, whose CPU-seconds are its own, and stands in the MLflow UI beside the others.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import mlflow
 from mlflow.exceptions import ExecutionException
 
 from pipeline import cli, models, precision, registry, tracking
+from pipeline.promote import REFUSED
 from pipeline.spec import UserError
 from sweeps.sweep import OPTIONS as SWEEP_OPTIONS
 
@@ -34,7 +36,10 @@ def parse_models(names: str) -> list[str]:
 
 
 def step(entry_point: str, **parameters: object) -> str:
-    """Run one step to its end; gives the id of its run."""
+    """Run one step to its end; gives the id of its run.
+
+    A refused promotion exits with 2, yet the step has done its work: it is a decision, no failure.
+    """
     print(f"\n== {entry_point} {parameters.get('model', '')}", flush=True)
     given = {name: str(value) for name, value in parameters.items()}
     try:
@@ -43,6 +48,9 @@ def step(entry_point: str, **parameters: object) -> str:
             str(PROJECT), entry_point, parameters=given, env_manager="local"
         )
     except ExecutionException as error:
+        found = re.search(r"Run \(ID '(\w+)'\) failed", str(error))  # MLflow gives the id only here
+        if found and mlflow.MlflowClient().get_run(found[1]).data.tags.get("decision") == REFUSED:
+            return found[1]
         raise UserError(
             f"every step must succeed, but {entry_point} failed: its own message is above"
         ) from error
@@ -64,10 +72,11 @@ def main(argv: Sequence[str]) -> None:
             known = precision.HYPERPARAMETER in registry.load(models, name).PARAMS
             step("sweep", model=name, **options | ({} if known else {"precision": precision.AUTO}))
         comparison = step("compare", dataset_digest="latest", data_dir=data_dir)
-        step("promote", run_id="best")
+        promotion = run.client.get_run(step("promote", run_id="best", data_dir=data_dir))
         table = run.client.get_run(comparison).data.tags["mlflow.note.content"]
-        run.describe(table)
-    print(f"\n{table}\n\n{tracking.ui_hint(run.experiment_id)}")
+        decision = f"{promotion.data.tags['decision']}: {promotion.data.tags['sentence']}"
+        run.describe(f"{table}\n\n{decision}")
+    print(f"\n{table}\n\n{decision}\n{tracking.ui_hint(run.experiment_id)}")
 
 
 if __name__ == "__main__":
