@@ -120,13 +120,13 @@ def history(client: mlflow.MlflowClient) -> list[dict[str, Any]]:
         if name.startswith(DECISION)
     ]
     told = {row["decision_run_id"] for row in rows}
-    cut = (_run(client, run_id) for run_id in _turns(_keeper(client)).values() - told)
-    rows += [_cut_short(run) for run in cut if run]
+    begun = (_run(client, run_id) for run_id in _turns(_keeper(client)).values())
+    rows += [_cut_short(run) for run in begun if run and run.info.run_id not in told]
     return sorted(rows, key=lambda row: str(row["decided_at"]))
 
 
 def _cut_short(run: RunEntity) -> dict[str, Any]:
-    """The history's row of a run that began to move the champion and has recorded nothing."""
+    """The history's row of a run that began to move the champion and has not recorded it."""
     began = datetime.fromtimestamp(run.info.start_time / 1000, UTC)
     return {
         "decision": "cut short",

@@ -264,7 +264,8 @@ def main(argv: Sequence[str]) -> None:
     _check(options)
     if options["history"]:
         with tracking.start("history") as run:
-            text = verdict.table(champion.history(run.client)) or "no decision yet"
+            rows = champion.history(run.client)
+            text = verdict.table(rows) if rows else f"no decision on {NAME} yet"
             run.name(f"decisions on {NAME}")
             run.describe(text)
         print(text)
@@ -280,7 +281,8 @@ def main(argv: Sequence[str]) -> None:
     if evidence["decision"] == REFUSED:
         raise Refused(evidence["sentence"])
     print(evidence["sentence"])
-    print(f"serve it: mlflow models serve -m models:/{NAME}@{CHAMPION} --env-manager local")
+    if not options["dry_run"]:
+        print(f"serve it: mlflow models serve -m models:/{NAME}@{CHAMPION} --env-manager local")
 
 
 if __name__ == "__main__":

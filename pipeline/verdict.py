@@ -108,7 +108,7 @@ def interval(test: Figures) -> str:
 
 def page(evidence: Figures) -> str:
     """Markdown of one decision: the sentence, both models, the rules, who decided and when."""
-    rows = [
+    table = [
         (label, *(_cell(evidence[who], form) for who in ("challenger", "champion")))
         for label, form in (
             ("version", "{version}"),
@@ -124,9 +124,11 @@ def page(evidence: Figures) -> str:
             ("trained at commit", "`{git_commit:.12}`"),
         )
     ]
+    rows = [row for row in table if row[1:] != ("–", "–")]
+    who = "restored" if evidence["decision"] == "restored" else "challenger"
     parts = [
         f"**{evidence['sentence']}**",
-        markdown(["", "challenger", "champion until then"], rows),
+        markdown(["", who, "champion until then"], rows),
         _rules(evidence),
         f"Decided by {evidence['decided_by']} at {evidence['decided_at']}, commit "
         f"`{evidence['git_commit']:.12}`{' with changes' if evidence['git_dirty'] else ''}, "

@@ -1,3 +1,4 @@
+import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from pipeline import cli
-from pipeline.spec import Param, UserError
+from pipeline.spec import Param, Refused, UserError
 
 SPACE = {
     "k": Param(5, IntDistribution(1, 25)),
@@ -27,6 +28,10 @@ SPACE = {
         (cli.n_train, "40000", 40_000),
         (cli.n_train, "all", None),
         (cli.text, "data", "data"),
+        (cli.limit, "none", math.inf),
+        (cli.limit, "2.5", 2.5),
+        (cli.share, "0", 0.0),
+        (cli.share, "0.01", 0.01),
     ],
 )
 def test_good_values_are_converted(convert: cli.Convert, text: str, value: Any) -> None:
@@ -48,6 +53,11 @@ def test_good_values_are_converted(convert: cli.Convert, text: str, value: Any) 
         (cli.n_train, "-40000"),
         (cli.n_train, "259"),
         (cli.text, " "),
+        (cli.limit, "0"),
+        (cli.limit, "-1"),
+        (cli.share, "-0.01"),
+        (cli.share, "1.1"),
+        (cli.share, "nan"),
     ],
 )
 def test_bad_values_are_one_sentence_with_name_and_value(convert: cli.Convert, text: str) -> None:
@@ -117,6 +127,7 @@ def _raise(error: BaseException) -> Any:
             2,
             "error: n must be 1, but 2 came: pass 1\n",
         ),
+        (Refused("1 is no better than 2"), 2, "refused: 1 is no better than 2\n"),
         (KeyboardInterrupt(), 130, "stopped: the open runs are marked KILLED\n"),
     ],
 )

@@ -1,4 +1,4 @@
-"""``evaluate``, ``compare`` and ``promote``, after two sweeps of cheap models."""
+"""``evaluate`` and ``compare``, after two sweeps of cheap models."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ import pytest
 from steps import SWEEP, arguments, artifacts, runs, toy
 from stores import N_TRAIN, members, open_store
 
-from pipeline import compare, evaluate, models, prep, promote
+from pipeline import compare, evaluate, models, prep
 from pipeline.spec import Dataset, UserError
 from sweeps import sweep
 from sweeps.budget import own_cpu_seconds
@@ -128,53 +128,22 @@ def test_compare_without_its_letters_names_the_cure(
     assert [run.info.status for run in runs(swept, "compare")] == ["FAILED"]
 
 
-def test_the_best_sweep_becomes_champion_and_is_registered_once(
-    swept: mlflow.MlflowClient, capsys: pytest.CaptureFixture[str]
-) -> None:
-    knn, other = runs(swept, "sweep")
-    promote.main(["--run_id", "best"])
-    version = swept.get_model_version_by_alias("letters", "champion")
-    assert version.tags["model_uri"] == knn.data.tags["model_uri"]
-    # The version says of itself what it is and how good.
-    assert version.tags["model"] == "knn"
-    assert version.tags["run_id"] == knn.info.run_id
-    assert version.tags["val_accuracy"] == f"{knn.data.metrics['val_accuracy']:.4f}"
-    assert mlflow.pyfunc.load_model("models:/letters@champion") is not None
-    # Promoted again it stays the version that it is; another run's model becomes the next.
-    promote.main(["--run_id", "best"])
-    assert len(swept.search_model_versions("name = 'letters'")) == 1
-    promote.main(["--run_id", other.info.run_id])
-    assert swept.get_model_version_by_alias("letters", "champion").version == 2
-    assert "letters version 2 is the champion: toy" in capsys.readouterr().out
-
-
-def test_promote_never_reads_a_letter(
-    swept: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Dataset, "part", None)  # calling it would be a TypeError
-    promote.main(["--run_id", "best"])
-
-
-@pytest.mark.parametrize("step", [evaluate, promote])
 def test_a_run_without_a_model_is_a_sentence(
-    step: Any, store: mlflow.MlflowClient, data_options: dict[str, Any]
+    store: mlflow.MlflowClient, data_options: dict[str, Any]
 ) -> None:
     prep.main(arguments(data_options))
     (without,) = runs(store, "prep")
     options = {"run_id": without.info.run_id, "data_dir": data_options["data_dir"]}
-    options = {name: options[name] for name in step.OPTIONS}
     with pytest.raises(UserError, match="run_id must name a run with a model"):
-        step.main(arguments(options))
+        evaluate.main(arguments(options))
     with pytest.raises(UserError, match="run_id must name a run of the tracking store"):
-        step.main(arguments(options | {"run_id": "0123"}))
+        evaluate.main(arguments(options | {"run_id": "0123"}))
     assert store.search_runs(["0"], "attributes.status = 'RUNNING'") == []
 
 
-def test_evaluate_and_promote_before_any_model_name_the_cure(store: mlflow.MlflowClient) -> None:
+def test_evaluate_before_any_model_names_the_cure(store: mlflow.MlflowClient) -> None:
     with pytest.raises(UserError, match="run `mlflow run . -e train -P model=knn` first"):
         evaluate.main(["--run_id", "latest", "--data_dir", "data"])
-    with pytest.raises(UserError, match="run `mlflow run . -e sweep -P model=knn`"):
-        promote.main(["--run_id", "best"])
 
 
 def _data(data_dir: Path) -> list[Dataset]:

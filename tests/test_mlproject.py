@@ -141,9 +141,15 @@ def test_compare_and_promote(user: User) -> None:
     code, out = user.run("compare")
     assert code == 0, out
     assert "Mean Precision" in out
+    # The champion itself is refused: the step says so and exits with 2, MLflow's own code is 1.
     code, out = user.run("promote")
+    assert code == 1, out
+    assert "refused: letters version 1 (knn) does not become champion" in out
+    assert "Traceback" not in out
+    assert runs(user.client, "promote")[-1].info.status == "FINISHED"
+    code, out = user.run("promote", "history=true")
     assert code == 0, out
-    assert "letters version 1 is the champion" in out
+    assert "| promoted | 1 knn " in out
 
 
 @pytest.mark.parametrize(
@@ -202,7 +208,8 @@ def test_a_step_ends_where_mlflow_run_is_killed(user: User) -> None:
 
 def test_an_unreachable_tracking_server_is_a_sentence(user: User) -> None:
     environment = user.environment | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
-    command = [sys.executable, "-m", "pipeline.promote", "--run_id", "best"]
+    command = [sys.executable, "-m", "pipeline.compare", "--dataset_digest", "latest"]
+    command += ["--data_dir", "data"]
     done = subprocess.run(
         command, cwd=user.project, env=environment, capture_output=True, text=True, timeout=60
     )
