@@ -57,6 +57,8 @@ def spent(n_trials: int) -> list[dict[str, float]]:
 FIGURES: dict[tuple[str, str], Callable[[], Figure]] = {
     ("bill", "many"): lambda: plots.bill(spent(20), "study"),
     ("bill", "one"): lambda: plots.bill(spent(1), "study"),
+    ("won_and_lost", "many"): lambda: plots.won_and_lost(COUNTS[0], COUNTS[1], "two models"),
+    ("won_and_lost", "none"): lambda: plots.won_and_lost(0 * COUNTS[0], 0 * COUNTS[1], "the same"),
     ("contact_sheet", "all"): lambda: plots.contact_sheet(Part(IMAGES, LABELS), "data"),
     ("contact_sheet", "letters missing"): lambda: plots.contact_sheet(
         Part(IMAGES[:3], LABELS[:3]), "data"

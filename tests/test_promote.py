@@ -70,10 +70,8 @@ def _train(name: str, data: Dataset, share: float) -> None:
 
 
 @pytest.fixture
-def store(  # in place of the empty one: the fixture ``server`` serves this one too
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> mlflow.MlflowClient:
-    """A client of a copy of that store, which this test alone uses."""
+def store(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> mlflow.MlflowClient:
+    """A client of a copy of that store, which this test alone uses; ``server`` serves it too."""
     return open_store(trained / "mlflow.db", tmp_path, monkeypatch)
 
 
@@ -345,13 +343,13 @@ def test_of_processes_that_decide_at_once_one_wins(
 ) -> None:
     if not first:
         step(run_id=_id(store, "bad"))
-    names = ["good", "alike", "good"]
+    names = ["good", "alike"]
     codes = _race(store, store.tracking_uri, trained / "data", names)
-    assert sorted(codes) == [0, 2, 2]
+    assert sorted(codes) == [0, 2]
     assert _alias(store, "champion") == names[codes.index(0)]
     decisions = [row["decision"] for row in champion.history(store)]
     assert decisions.count("promoted") == (1 if first else 2)
-    assert decisions.count("refused") == 2
+    assert decisions.count("refused") == 1
 
 
 def test_of_processes_at_a_server_one_wins(
