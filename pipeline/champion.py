@@ -23,6 +23,8 @@ NAME = "letters"
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 TURN = "champion_change_"  # param: number of the change, value: the run that makes it
 DECISION = "decision/"  # tag of a version for each decision on it
+RULE = "\n\n---\n\n"  # between the pages of a description
+LONGEST = 5000  # characters of a description that every store keeps
 
 
 class Stand(NamedTuple):
@@ -86,7 +88,12 @@ def crown(client: mlflow.MlflowClient, seen: Stand, version: ModelVersion, run_i
     False, and nothing moves, where the champion is no longer the one that was ``seen``.
     """
     keeper = _keeper(client)
-    if keeper is None or not _take(client, keeper, seen.turn + 1, run_id):
+    if keeper is None:
+        raise UserError(
+            f"the runs of {NAME} number the changes of its champion, but all were deleted: restore "
+            "one by `mlflow runs restore --run-id RUN_ID`"
+        )
+    if not _take(client, keeper, seen.turn + 1, run_id):
         return False
     before = str(seen.champion.version) if seen.champion else None
     if _aliases(client).get(CHAMPION) != before:  # moved by hand: that takes no number
@@ -104,11 +111,18 @@ def record(
     tags: Mapping[str, str],
     description: str,
 ) -> None:
-    """Keep a decision on a version: the last one as tags and description, every one as a tag."""
+    """Keep a decision on a version: as a tag of its own, its figures as the version's tags too.
+
+    The description has the last decision on top, and as many of the earlier ones as it can hold.
+    """
     key = f"{DECISION}{row['decided_at']}/{row['decision_run_id'][:8]}"
     for name, value in (dict(tags) | {key: json.dumps(row)}).items():
         client.set_model_version_tag(NAME, version.version, name, value)
-    client.update_model_version(NAME, version.version, description=description)
+    before = client.get_model_version(NAME, version.version).description or ""
+    pages = [description, *(page for page in before.split(RULE) if page)]
+    while len(pages) > 1 and len(RULE.join(pages)) > LONGEST:
+        pages.pop()
+    client.update_model_version(NAME, version.version, description=RULE.join(pages))
 
 
 def history(client: mlflow.MlflowClient) -> list[dict[str, Any]]:
@@ -147,10 +161,16 @@ def _aliases(client: mlflow.MlflowClient) -> dict[str, str]:
 
 
 def _keeper(client: mlflow.MlflowClient) -> RunEntity | None:
-    """The run whose params number the changes; all see the same, for versions are counted up."""
-    makers = (version.tags.get("registered_by") for version in versions(client))
-    runs = (_run(client, run_id) for run_id in makers if run_id)
-    return next((run for run in runs if run and run.info.lifecycle_stage == "active"), None)
+    """The run whose params number the changes; all see the same, for versions are counted up.
+
+    The training run stands in where a version was registered by hand or its promotion deleted.
+    """
+    for version in versions(client):
+        for run_id in (version.tags.get("registered_by"), version.run_id):
+            run = _run(client, run_id) if run_id else None
+            if run and run.info.lifecycle_stage == "active":
+                return run
+    return None
 
 
 def _turns(keeper: RunEntity | None) -> dict[int, str]:

@@ -237,7 +237,8 @@ def _row(evidence: Evidence) -> dict[str, Any]:
     row |= {key: challenger[key] for key in ("model_digest", *FIGURES) if key in challenger}
     for key in ("version", "model", "dataset_digest", "model_digest", "gate_accuracy"):
         row[f"champion_{key}"] = holder.get(key, "")
-    return row | (evidence["test"] or {})
+    # Blank where nothing was tested: a version's tags would else show an earlier test's figures.
+    return row | (evidence["test"] or dict.fromkeys(verdict.TESTED, ""))
 
 
 def _user() -> str:

@@ -14,6 +14,8 @@ from pipeline.tracking import markdown
 
 ALPHA = 0.05  # a gain that chance gives more often than this is none
 N_RESAMPLES = 10_000
+# Letters read right by the challenger alone are won, by the champion alone lost.
+TESTED = ("n_letters", "n_won", "n_lost", "gain", "gain_low", "gain_high", "p_value")
 
 Hits = npt.NDArray[np.bool_]  # (n,), which letters a model has read right
 Figures = Mapping[str, Any]
@@ -46,15 +48,9 @@ def paired_test(challenger: Hits, champion: Hits) -> dict[str, float]:
     shares = np.array([won, lost, n - won - lost]) / n
     draws = np.random.default_rng(0).multinomial(n, shares, N_RESAMPLES)  # (10000, 3)
     low, high = np.percentile((draws[:, 0] - draws[:, 1]) / n, [2.5, 97.5])
-    return {
-        "n_letters": n,
-        "n_won": won,  # read right by the challenger alone
-        "n_lost": lost,  # by the champion alone
-        "gain": (won - lost) / n,
-        "gain_low": float(low),
-        "gain_high": float(high),
-        "p_value": float(binomtest(won, won + lost).pvalue) if won + lost else 1.0,
-    }
+    p_value = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    figures = (n, won, lost, (won - lost) / n, float(low), float(high), p_value)
+    return dict(zip(TESTED, figures, strict=True))
 
 
 def checks(challenger: Figures, test: Figures | None, limits: Limits) -> list[Check]:
@@ -169,7 +165,7 @@ def table(rows: Sequence[Figures]) -> str:
             else "–",
             *(
                 (points(row["gain"]), interval(row), f"{row['p_value']:.2g}")
-                if "gain" in row
+                if row.get("p_value", "") != ""
                 else 3 * ["–"]
             ),
             row["reason"],

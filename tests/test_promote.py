@@ -126,8 +126,11 @@ def test_the_champion_itself_is_refused_and_stays_one_version(
     assert len(store.search_model_versions("name = 'letters'")) == 1
     assert _alias(store, "champion") == "good"
     # A refusal is a decision and no failure: its run is closed as one that did its work.
-    run = runs(store, "promote")[-1]
+    first, run = runs(store, "promote")
     assert (run.info.status, run.data.tags["decision"]) == ("FINISHED", "refused")
+    # What made it champion can still be read there.
+    description = store.get_model_version("letters", "1").description
+    assert description.index(run.info.run_id) < description.index(first.info.run_id)
     assert "traceback.txt" not in artifacts(store, run.info.run_id)
 
 
@@ -377,6 +380,34 @@ def test_a_move_under_way_is_waited_for_and_one_cut_short_is_told(
     told = [row["decision"] for row in champion.history(store)]
     assert sorted(told) == ["cut short", "promoted", "promoted"]
     assert "KILLED" in verdict.table(champion.history(store))
+
+
+def test_a_champion_that_was_registered_by_hand_is_not_compared_but_can_be_followed(
+    store: mlflow.MlflowClient, step: Promote
+) -> None:
+    uri = store.get_run(_id(store, "bad")).data.tags["model_uri"]
+    mlflow.register_model(uri, "letters")
+    store.set_registered_model_alias("letters", "champion", "1")
+    with pytest.raises(Refused, match="and the champion, version 1, of unknown"):
+        step()
+    store.delete_registered_model_alias("letters", "champion")
+    step()
+    # The run that trained the first version has kept the number.
+    params = store.get_run(_id(store, "bad")).data.params
+    assert params["champion_change_1"] == runs(store, "promote")[-1].info.run_id
+
+
+def test_a_description_keeps_to_what_a_store_holds(
+    store: mlflow.MlflowClient, step: Promote
+) -> None:
+    step()
+    for _ in range(4):
+        with pytest.raises(Refused):
+            step()
+    version = store.get_model_version("letters", "1")
+    assert len(version.description) <= champion.LONGEST
+    assert version.description.count("it is the champion already") >= 2
+    assert len(champion.history(store)) == 5
 
 
 def test_numbers_are_kept_where_the_first_promotion_was_deleted(
