@@ -35,6 +35,13 @@ OPTIONS: dict[str, cli.Convert] = {
 }
 PROMOTED, REFUSED, RESTORED = "promoted", "refused", "restored"
 OF_MODEL = ("model", "model_uri", "dataset_digest", "dataset_title", "git_commit")
+# What of a decision a version shows as tags; all of it is in the history's tag and the artifact.
+TAGS = (
+    "decision", "reason", "decided_at", "decided_by", "decision_run_id", "decision_git_commit",
+    "gate_accuracy", "predict_us_per_letter", "model_mb", "model_digest", "champion_version",
+    "champion_gate_accuracy", "champion_dataset_digest", "champion_model_digest", "gain",
+    "gain_low", "gain_high", "p_value",
+)  # fmt: skip
 FIGURES = ("gate_accuracy", "predict_us_per_letter", "predict_us_one_letter", "model_mb")
 LATE = "another promotion has moved the champion meanwhile: type the command again to face it"
 
@@ -200,10 +207,10 @@ def _close(
     run.json("evidence.json", evidence)
     run.text("evidence.md", page + "\n")
     if version and not dry_run:
-        link = f"runs:/{run.id}/evidence.json"
-        tags = {key: str(value) for key, value in row.items()} | {"evidence": link}
-        earlier = "Every decision: `mlflow run . -e promote -P history=true`"
-        note = f"{page}\n\nArtifact `{link}`. {earlier}"
+        tags = {key: str(row[key]) for key in TAGS if key in row}
+        tags |= {"evidence": f"runs:/{run.id}/evidence.json"}
+        link = f"[that run](#/experiments/{run.experiment_id}/runs/{run.id}/artifacts)"
+        note = f"{page}\n\nThe evidence, `evidence.json`, is an artifact of {link}."
         champion.record(run.client, version, row, tags, note)
         run.tags({"model_version": version.version})
     run.name(f"promote {evidence['challenger']['model']}: {evidence['decision']}")
@@ -218,9 +225,9 @@ def _sentence(evidence: Evidence, dry_run: bool) -> str:
     version = challenger["version"]
     name = f"{NAME} version {version}" if version else f"the model of run {challenger['run_id']}"
     if decision == REFUSED:
-        says = f"{'would' if dry_run else 'does'} not become {CHAMPION}"
+        says = f"{'would' if dry_run else 'does'} not become the {CHAMPION}"
     else:
-        says = f"{'would be' if dry_run else 'is'} the {CHAMPION}"
+        says = f"{'would become' if dry_run else 'becomes'} the {CHAMPION}"
     accuracy = challenger.get("gate_accuracy")
     figure = f", {accuracy:.2%} on gate" if accuracy is not None else ""
     before = f"dry run, nothing is changed: {name}" if dry_run else name

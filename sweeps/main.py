@@ -49,12 +49,22 @@ def step(entry_point: str, **parameters: object) -> str:
         )
     except ExecutionException as error:
         found = re.search(r"Run \(ID '(\w+)'\) failed", str(error))  # MLflow gives the id only here
-        if found and mlflow.MlflowClient().get_run(found[1]).data.tags.get("decision") == REFUSED:
+        if found and _refused(found[1]):
             return found[1]
         raise UserError(
             f"every step must succeed, but {entry_point} failed: its own message is above"
         ) from error
     return str(done.run_id)
+
+
+def _refused(run_id: str) -> bool:
+    """Whether a run is a promotion that was refused, for which MLflow's FAILED is not the word."""
+    client = mlflow.MlflowClient()
+    run = client.get_run(run_id)
+    refused = run.data.tags.get("decision") == REFUSED
+    if refused:
+        tracking.Run(client, run_id, run.info.experiment_id).close("FINISHED")
+    return refused
 
 
 def main(argv: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
+from mlflow.exceptions import ExecutionException
 from scipy.stats import binomtest
 from servers import Server
 from steps import arguments, artifacts, runs
@@ -21,6 +22,7 @@ from pipeline.models import knn
 from pipeline.prep import prepare
 from pipeline.spec import Dataset, Part, Refused, UserError
 from pipeline.verdict import Limits
+from sweeps import main
 
 ROOT = Path(__file__).parent.parent
 DEFAULTS = {
@@ -134,6 +136,30 @@ def test_the_champion_itself_is_refused_and_stays_one_version(
     assert "traceback.txt" not in artifacts(store, run.info.run_id)
 
 
+def _fail(client: mlflow.MlflowClient, tags: dict[str, str]) -> Any:
+    """What ``mlflow.projects.run`` does where a step ends with another exit code than 0."""
+
+    def run(*given: Any, **named: Any) -> None:
+        with tracking.start("promote") as made:
+            made.tags(tags)
+        client.set_terminated(made.id, "FAILED")
+        raise ExecutionException(f"Run (ID '{made.id}') failed")
+
+    return run
+
+
+def test_a_refusal_does_not_fail_main_but_an_error_does(
+    store: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow.projects, "run", _fail(store, {"decision": "refused"}))
+    run_id = main.step("promote", run_id="best")
+    assert store.get_run(run_id).info.status == "FINISHED"
+    monkeypatch.setattr(mlflow.projects, "run", _fail(store, {}))
+    with pytest.raises(UserError, match="every step must succeed, but promote failed"):
+        main.step("promote", run_id="best")
+    assert runs(store, "promote")[-1].info.status == "FAILED"
+
+
 def test_a_worse_challenger_is_refused_with_the_figures(
     store: mlflow.MlflowClient, step: Promote, trained: Path
 ) -> None:
@@ -230,10 +256,10 @@ def test_a_dry_run_decides_and_changes_nothing(
 ) -> None:
     step(dry_run="true")
     assert store.search_registered_models() == []
-    assert "would be the champion" in capsys.readouterr().out
+    assert "would become the champion" in capsys.readouterr().out
     step()
     before = store.get_model_version("letters", "1")
-    with pytest.raises(Refused, match="nothing is changed: .* would not become champion"):
+    with pytest.raises(Refused, match="nothing is changed: .* would not become the champion"):
         step(run_id=_id(store, "bad"), dry_run="true")
     assert len(store.search_model_versions("name = 'letters'")) == 1
     assert store.get_model_version("letters", "1").tags == before.tags
@@ -436,7 +462,7 @@ def test_a_dry_rollback_changes_nothing(
     step(run_id=_id(store, "bad"))
     step(run_id=_id(store, "good"))
     step(rollback="true", dry_run="true")
-    assert "letters version 1 (bad) would be the champion" in capsys.readouterr().out
+    assert "letters version 1 (bad) would become the champion" in capsys.readouterr().out
     assert (_alias(store, "champion"), _alias(store, "previous")) == ("good", "bad")
 
 
