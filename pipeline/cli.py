@@ -58,6 +58,19 @@ def text(name: str, value: str) -> str:
     return value
 
 
+def run_ids(name: str, value: str) -> list[str]:
+    """Ids of runs separated by commas, or ``latest`` (none)."""
+    if value == "latest":
+        return []
+    ids = [part.strip() for part in value.split(",")]
+    if not all(re.fullmatch(r"\w+", part) for part in ids) or len(set(ids)) < len(ids):
+        raise UserError(
+            f"{name} must be 'latest' or different ids of runs, separated by commas, "
+            f"but {value!r} came: copy ids from the runs' pages in the MLflow UI"
+        )
+    return ids
+
+
 def positive(name: str, value: str) -> float:
     """A number above 0."""
     number = _number(name, value)

@@ -27,6 +27,7 @@ Counts = npt.NDArray[np.int64]  # (26, 26), true letters down, guesses across
 N_RESAMPLES = 2000
 N_BINS = 15  # of confidence, as in Guo et al. 2017
 N_MISTAKES = 40
+PREDICTIONS = "predictions.csv"  # by which later steps know each guess without reading labels
 SHOWN = ("test_accuracy", "test_mean_recall", "test_mean_precision")
 
 
@@ -59,6 +60,7 @@ def evaluate(run: tracking.Run, source: RunEntity, data: Dataset) -> dict[str, f
     shown = {name: value for name, value in metrics.items() if name in SHOWN}
     replace(run, id=source.info.run_id).metrics(shown)
     run.csv("letters.csv", per_letter(counts))
+    run.csv(PREDICTIONS, predictions(probabilities, test.labels))
     title = f"{name} on {data.title}"
     run.figure("confusion_matrix.png", plots.confusion_matrix(counts, title))
     run.figure("calibration.png", plots.reliability(bins, title))
@@ -161,6 +163,23 @@ def per_letter(counts: Counts) -> pd.DataFrame:
             "mostly_taken_for": [LETTERS[row.argmax()] if row.any() else "" for row in wrong],
         }
     )
+
+
+def predictions(probabilities: Probabilities, labels: Labels) -> pd.DataFrame:
+    """Each letter of ``test`` in its order: the letter, the guess and its probability."""
+    names = np.array(list(LETTERS))
+    return pd.DataFrame(
+        {
+            "letter": names[labels],
+            "guess": names[probabilities.argmax(axis=1)],
+            "confidence": probabilities.max(axis=1).round(4),
+        }
+    )
+
+
+def pictures(data: Dataset, rows: Sequence[int]) -> Images:
+    """The letters in these rows of ``test``, (n, 28, 28), to be looked at in a report."""
+    return np.asarray(data.part("test").images[list(rows)])
 
 
 def mistakes(test: Part, probabilities: Probabilities, title: str) -> Any:

@@ -1,19 +1,29 @@
 """Arrays and frames in, matplotlib figures out. Nothing here reads or writes a file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from matplotlib import colormaps
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from pipeline.bill import OVERHEAD
 from pipeline.spec import LETTERS, SIDE, Images, Part
 
 Counts = npt.NDArray[np.int64]
 BLUE, GREY, RED = "#1f5fa8", "#9aa5b1", "#c0392b"
+# Of models side by side: each is told from white and from near-black paper, and by its mark.
+COLOURS = ("#2f7fc1", "#d9622b", "#169b74", "#a06ac4", "#9a8424", "#c8557f")
+MARKS = "os^Dv*"
+# From any paper to blue; the first step is the largest, so that what is rare is seen.
+FADE = LinearSegmentedColormap.from_list(
+    "fade", [(0.0, f"{COLOURS[0]}00"), (0.04, f"{COLOURS[0]}28"), (1.0, f"{COLOURS[0]}ff")]
+)
+CARD = 5.2  # inches: wide enough for half of a page, and for a phone
 
 
 def contact_sheet(part: Part, title: str, columns: int = 30) -> Figure:
@@ -58,24 +68,24 @@ def learning_curve(curve: Mapping[int, float], title: str) -> Figure:
 
 def confusion_matrix(counts: npt.NDArray[np.int64], title: str) -> Figure:
     """Counts (26, 26), true letters down, guesses across; shares of each row are coloured."""
-    figure = Figure(figsize=(9, 8.6), layout="constrained")
+    figure = Figure(figsize=(6.6, 6.6), layout="constrained")
     axes = figure.subplots()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     # The root makes the rare confusions visible, which are what one looks for.
-    image = axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(np.sqrt(shares), cmap=FADE, vmin=0, vmax=1, interpolation="none")
     for row, column in zip(*np.nonzero(counts), strict=True):
         dark = shares[row, column] > 0.3
         axes.text(
-            column, row, str(counts[row, column]), ha="center", va="center", fontsize=6,
+            column, row, str(counts[row, column]), ha="center", va="center", fontsize=5.5,
             color="white" if dark else "black",
         )  # fmt: skip
     axes.set_xticks(range(len(LETTERS)), list(LETTERS))
     axes.set_yticks(range(len(LETTERS)), list(LETTERS))
+    axes.tick_params(length=0, labelsize=8)
     axes.set_xlabel("guess")
     axes.set_ylabel("letter")
     axes.set_title(title, loc="left")
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, label="share of the letter")
-    bar.set_ticks([0, 0.1, 0.1**0.5, 0.3**0.5, 1], labels=["0", "1 %", "10 %", "30 %", "100 %"])
+    axes.spines[:].set_color(GREY)
     return figure
 
 
@@ -88,27 +98,103 @@ def reliability(bins: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def comparison(table: pd.DataFrame, title: str) -> Figure:
-    """Test accuracy of each model with its interval, the deck's on EMNIST beside it.
+def comparison(table: pd.DataFrame) -> Figure:
+    """Test accuracy of each model with its interval, the deck's on EMNIST as hollow marks.
 
-    Columns: model, test_accuracy, test_accuracy_low, test_accuracy_high, deck_accuracy.
+    Columns: label, test_accuracy, test_accuracy_low, test_accuracy_high, deck_accuracy.
     """
-    figure, axes = _axes(title, "", "test accuracy (%)")
-    x = np.arange(len(table))
+    figure, axes = _card(1.2 + 0.45 * len(table), "test accuracy (%)")
+    rows = range(len(table))
     accuracy = 100 * table["test_accuracy"]
-    error = [
-        accuracy - 100 * table["test_accuracy_low"],
-        100 * table["test_accuracy_high"] - accuracy,
-    ]
-    bars = axes.bar(x - 0.2, accuracy, 0.36, yerr=error, capsize=4, color=BLUE, label="this study")
-    axes.bar_label(bars, fmt="%.1f", padding=3)
-    deck = axes.bar(
-        x + 0.2, 100 * table["deck_accuracy"], 0.36, color=GREY, label="the deck, on EMNIST"
-    )
-    axes.bar_label(deck, fmt="%.0f", padding=3)
-    axes.set_xticks(x, [str(name).upper() for name in table["model"]])
-    axes.set_ylim(max(0, 10 * np.floor(np.nanmin(accuracy) / 10 - 2)), 104)
-    figure.legend(frameon=False, loc="outside lower right", ncols=2)
+    for row in rows:
+        style = _style(row)
+        axes.errorbar(accuracy[row], row, xerr=_error(table, row), capsize=4, **style)
+        axes.annotate(
+            f"{accuracy[row]:.2f}", (accuracy[row], row), (0, 7), textcoords="offset points",
+            ha="center",
+        )  # fmt: skip
+    deck = 100 * table["deck_accuracy"]
+    if deck.notna().any():
+        hollow = {"facecolor": "none", "edgecolor": GREY, "marker": "D", "linewidth": 1.5}
+        axes.scatter(deck, rows, label="the deck, on EMNIST", **hollow)
+        figure.legend(frameon=False, loc="outside lower right")
+    axes.set_yticks(rows, table["label"])
+    axes.set_ylim(len(table) - 0.5, -0.7)
+    axes.margins(x=0.08)
+    return figure
+
+
+def best_by_cost(curves: Mapping[str, pd.DataFrame]) -> Figure:
+    """Best accuracy on val against the CPU-seconds that each sweep had spent by then.
+
+    ``curves``: by label, columns spent_cpu_seconds and val_accuracy, which never falls.
+    """
+    figure, axes = _card(3.6, "CPU-seconds of the sweep", "best val accuracy so far (%)")
+    for i, (label, curve) in enumerate(curves.items()):
+        x, y = curve["spent_cpu_seconds"].to_numpy(), 100 * curve["val_accuracy"].to_numpy()
+        axes.step(x, y, where="post", color=COLOURS[i % len(COLOURS)], linewidth=1.8)
+        # Its marks are where it rose, and where it ended.
+        rises = np.flatnonzero(np.diff(y, prepend=-1.0) > 0)
+        shown = np.union1d(rises, [len(x) - 1])
+        axes.plot(x[shown], y[shown], **_style(i) | {"linestyle": "", "label": label})
+    _log(axes, np.concatenate([curve["spent_cpu_seconds"] for curve in curves.values()]))
+    axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def trade_off(table: pd.DataFrame, cost: str, x: str) -> Figure:
+    """Test accuracy with its interval against a cost, the Pareto front dashed.
+
+    Columns: label, test_accuracy, test_accuracy_low, test_accuracy_high, the cost, and
+    ``on_front``, which says whether no other model is as cheap and as good.
+    """
+    figure, axes = _card(3.4, x, "test accuracy (%)")
+    for i, row in enumerate(table.to_dict("records")):
+        point = (row[cost], 100 * row["test_accuracy"])
+        axes.errorbar(
+            *point, yerr=_error(table, i), capsize=4, linestyle="", label=row["label"], **_style(i)
+        )
+    front = table[table["on_front"]].sort_values(cost)
+    axes.step(front[cost], 100 * front["test_accuracy"], "--", where="post", color=GREY, zorder=1)
+    _log(axes, table[cost].to_numpy())
+    figure.legend(frameon=False, loc="outside upper center", ncols=3)
+    return figure
+
+
+def recall_by_letter(recall: pd.DataFrame, called_out: Collection[str]) -> Figure:
+    """Recall of each letter (rows A to Z) by each model (columns), the hardest letter on top.
+
+    The letters ``called_out`` lie on a band.
+    """
+    figure, axes = _card(6.6, "recall (%)")
+    ordered = 100 * recall.loc[recall.mean(axis=1).sort_values(kind="stable").index]
+    rows = np.arange(len(ordered))
+    axes.hlines(rows, ordered.min(axis=1), ordered.max(axis=1), color=GREY, linewidth=1.2)
+    for i, label in enumerate(ordered.columns):
+        axes.plot(ordered[label], rows, **_style(i) | {"linestyle": "", "label": label})
+    for row, letter in enumerate(ordered.index):
+        if letter in called_out:
+            axes.axhspan(row - 0.5, row + 0.5, color=GREY, alpha=0.28, linewidth=0)
+    axes.set_yticks(rows, ordered.index)
+    axes.set_ylim(len(ordered) - 0.5, -0.5)
+    figure.legend(frameon=False, loc="outside upper center", ncols=3)
+    return figure
+
+
+def bills(spent: pd.DataFrame) -> Figure:
+    """What each sweep's CPU-seconds were spent on: a row for each, a column for each cause."""
+    figure, axes = _card(1.6 + 0.4 * len(spent), "CPU-seconds")
+    left = np.zeros(len(spent))
+    for i, cause in enumerate(spent.columns):
+        colour = GREY if cause == "fit" else COLOURS[i % len(COLOURS)]
+        hatch = "//" if i > len(COLOURS) else None  # colours begin anew
+        width = spent[cause].clip(lower=0).to_numpy()
+        axes.barh(spent.index, width, 0.6, left=left, color=colour, hatch=hatch, label=cause)
+        left += width
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.02 * max(left.max(), 1e-9))
+    axes.grid(visible=False, axis="y")
+    figure.legend(frameon=False, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -173,12 +259,13 @@ def bill(spent: Sequence[Mapping[str, float]], title: str) -> Figure:
     return figure
 
 
-def importance(shares: Mapping[str, float], title: str) -> Figure:
+def importance(shares: Mapping[str, float], title: str = "", width: float = 7.5) -> Figure:
     """Share of the variation in accuracy that each hyperparameter explains, largest on top."""
-    figure, axes = _axes(title, "importance (PED-ANOVA)", "")
+    figure, axes = _axes(title, "importance (PED-ANOVA)", "", (width, 1.2 + 0.27 * len(shares)))
     names = sorted(shares, key=lambda name: shares[name])
-    bars = axes.barh(names, [shares[name] for name in names], color=BLUE)
+    bars = axes.barh(names, [shares[name] for name in names], color=COLOURS[0])
     axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.margins(x=0.12)
     axes.grid(visible=False, axis="y")
     return figure
 
@@ -225,8 +312,8 @@ def _spread(axes: Any, x: int, column: pd.Series) -> npt.NDArray[np.float64]:
     return heights
 
 
-def _axes(title: str, x: str, y: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+def _axes(title: str, x: str, y: str, size: tuple[float, float] = (7.5, 4.6)) -> tuple[Figure, Any]:
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -234,3 +321,33 @@ def _axes(title: str, x: str, y: str) -> tuple[Figure, Any]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     return figure, axes
+
+
+def _card(height: float, x: str, y: str = "") -> tuple[Figure, Any]:
+    """A figure of a report, whose words stand beside it; all lines of its grid help."""
+    figure, axes = _axes("", x, y, (CARD, height))
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _style(i: int) -> dict[str, Any]:
+    """Colour and mark of the model at place ``i``, the same in all figures of a report."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 6}
+
+
+def _error(table: pd.DataFrame, row: int) -> list[list[float]]:
+    """Percent below and above the test accuracy of a row, as matplotlib wants an interval."""
+    low, middle, high = (
+        100 * table[f"test_accuracy{end}"].iloc[row] for end in ("_low", "", "_high")
+    )
+    return [[max(0.0, middle - low)], [max(0.0, high - middle)]]
+
+
+def _log(axes: Any, x: npt.NDArray[np.float64]) -> None:
+    """A logarithmic axis with room at its ends, so that it has a tick even for a single value."""
+    axes.set_xscale("log")
+    axes.set_xlim(x.min() / 1.5, x.max() * 1.5)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))

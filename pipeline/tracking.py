@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import subprocess
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -134,6 +135,15 @@ class Run:
     @charge("tracking")
     def csv(self, name: str, frame: pd.DataFrame) -> None:
         self.client.log_text(self.id, frame.to_csv(index=False), name)
+
+    @charge("tracking")
+    def read_csv(self, run_id: str, name: str) -> pd.DataFrame | None:
+        """A table that some run has logged; None where it has not."""
+        if name not in {item.path for item in self.client.list_artifacts(run_id)}:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.client.download_artifacts(run_id, name, folder)
+            return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
     @charge("tracking")
     def text(self, name: str, text: str) -> None:
@@ -423,6 +433,12 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def ui_hint(experiment: str) -> str:
     """How to look at the runs."""
     return f"look at the runs: `mlflow ui`, then http://127.0.0.1:5000{views.address(experiment)}"
+
+
+def artifact_hint(run: Run, name: str) -> str:
+    """Where the MLflow UI shows an artifact of a run."""
+    place = f"/#/experiments/{run.experiment_id}/runs/{run.id}/artifacts/{name}"
+    return f"`mlflow ui`, then http://127.0.0.1:5000{place}"
 
 
 def _model_id(model_uri: str) -> str:

@@ -86,6 +86,8 @@ def finish(engine: Engine, fits: Sequence[Outcome]) -> None:
     )
     if importances := search.importances(study, len(search.known(engine.member))):
         run.figure("hyperparameter_importance.png", plots.importance(importances, title))
+        shares = pd.DataFrame(importances.items(), columns=["hyperparameter", "importance"])
+        run.csv("hyperparameter_importance.csv", shares)
     run.name(f"{engine.task.model} sweep · {best.val_accuracy:.1%}")
     run.describe(description(title, trials, fits, engine))
     values = [float(fit.val_accuracy or 0.0) for fit in fits]
@@ -93,6 +95,7 @@ def finish(engine: Engine, fits: Sequence[Outcome]) -> None:
     if len(values) > 1:
         confirmed["confirmed_val_accuracy_std"] = statistics.stdev(values)
     figures = {"n_trials": len(outcomes), "val_accuracy": values[0]} | confirmed
+    figures |= {"budget_cpu_seconds": engine.ledger.total}
     run.metrics(figures | metrics(engine.bill()), len(outcomes))
 
 
