@@ -63,10 +63,11 @@ def run_ids(name: str, value: str) -> list[str]:
     if value == "latest":
         return []
     ids = [part.strip() for part in value.split(",")]
-    if not all(re.fullmatch(r"\w+", part) for part in ids) or len(set(ids)) < len(ids):
+    good = all(re.fullmatch(r"\w+", part) and part != "latest" for part in ids)
+    if not good or len(set(ids)) < len(ids):
         raise UserError(
             f"{name} must be 'latest' or different ids of runs, separated by commas, "
-            f"but {value!r} came: copy ids from the runs' pages in the MLflow UI"
+            f"but {value!r} came: pass -P {name}=ID,ID with ids from the runs' pages"
         )
     return ids
 

@@ -475,6 +475,7 @@ def svg(figure: Figure, name: str, label: str) -> Markup:
     assert box is not None
     body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
     body = body.replace("#000000", "currentColor").replace("\n", " ")
+    body = body.replace("font-family: 'DejaVu Sans', sans-serif; ", "")  # as the page has it
     return Markup('<svg role="img" aria-label="{}" {}>').format(
         label, Markup(box.group())
     ) + Markup(re.sub(r" {2,}", " ", body))

@@ -32,6 +32,9 @@ SPACE = {
         (cli.limit, "2.5", 2.5),
         (cli.share, "0", 0.0),
         (cli.share, "0.01", 0.01),
+        (cli.run_ids, "latest", []),
+        (cli.run_ids, "0a1b", ["0a1b"]),
+        (cli.run_ids, "0a1b, 2c3d", ["0a1b", "2c3d"]),
     ],
 )
 def test_good_values_are_converted(convert: cli.Convert, text: str, value: Any) -> None:
@@ -58,6 +61,11 @@ def test_good_values_are_converted(convert: cli.Convert, text: str, value: Any) 
         (cli.share, "-0.01"),
         (cli.share, "1.1"),
         (cli.share, "nan"),
+        (cli.run_ids, ""),
+        (cli.run_ids, "0a1b,"),
+        (cli.run_ids, "0a1b,0a1b"),
+        (cli.run_ids, "0a1b;2c3d"),
+        (cli.run_ids, "0a1b,latest"),
     ],
 )
 def test_bad_values_are_one_sentence_with_name_and_value(convert: cli.Convert, text: str) -> None:

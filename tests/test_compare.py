@@ -1,5 +1,8 @@
 """``evaluate`` and ``compare``, after two sweeps of cheap models."""
 
+import base64
+import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,11 +11,13 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from pages import Reader
+from PIL import Image
 from steps import SWEEP, arguments, artifacts, runs, toy
 from stores import N_TRAIN, members, open_store
 
-from pipeline import compare, evaluate, models, prep
-from pipeline.spec import Dataset, UserError
+from pipeline import compare, evaluate, models, prep, report
+from pipeline.spec import LETTERS, Dataset, UserError
 from sweeps import sweep
 from sweeps.budget import own_cpu_seconds
 
@@ -47,8 +52,15 @@ def data_dir(store_with_sweeps: Path) -> Path:
     return store_with_sweeps / "data"
 
 
-def _compare(data_dir: Path) -> None:
-    compare.main(arguments({"dataset_digest": "latest", "data_dir": data_dir}))
+def _compare(data_dir: Path, **options: str) -> None:
+    defaults = {"dataset_digest": "latest", "run_ids": "latest", "data_dir": data_dir}
+    compare.main(arguments(defaults | options))
+
+
+def _report(client: mlflow.MlflowClient) -> str:
+    """The report of the last comparison."""
+    uri = f"runs:/{runs(client, 'compare')[-1].info.run_id}/report.html"
+    return str(mlflow.artifacts.load_text(uri))
 
 
 def _evaluate(data_dir: Path, run_id: str) -> None:
@@ -71,7 +83,15 @@ def test_evaluate_measures_the_logged_model_on_test(
     assert metrics["test_top2_accuracy"] >= metrics["test_accuracy"]
     assert {"test_calibration_error", "predict_us_per_letter", "model_mb"} <= set(metrics)
     figures = {"confusion_matrix.png", "calibration.png", "mistakes.png"}
-    assert artifacts(swept, run.info.run_id) == figures | {"letters.csv"}
+    assert artifacts(swept, run.info.run_id) == figures | {"letters.csv", "predictions.csv"}
+    # Each guess is kept, so that what comes after needs no labels.
+    kept = pd.read_csv(
+        mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/predictions.csv")
+    )
+    names = np.array(list(LETTERS))
+    assert kept["letter"].tolist() == names[test.labels].tolist()
+    assert kept["guess"].tolist() == names[guess.argmax(axis=1)].tolist()
+    np.testing.assert_allclose(kept["confidence"], guess.max(axis=1), atol=1e-4)
     # Beside val_accuracy, where one compares sweeps, stands what test said.
     again = swept.get_run(knn.info.run_id)
     assert again.data.metrics["test_accuracy"] == metrics["test_accuracy"]
@@ -100,7 +120,7 @@ def test_compare_shows_the_sweeps_side_by_side(
     assert table["test_accuracy"].is_monotonic_decreasing
     for row in table.to_dict("records"):
         assert row["run_id"] == sweeps[row["model"]].info.run_id
-        assert row["sweep_cpu_seconds"] == sweeps[row["model"]].data.metrics["cpu_seconds"]
+        assert row["cpu_seconds"] == sweeps[row["model"]].data.metrics["cpu_seconds"]
     # The deck's figure stands beside ours where the deck has one, marked as EMNIST's.
     assert table["deck_accuracy"].tolist()[0] == 0.83
     assert np.isnan(table["deck_accuracy"].tolist()[1])
@@ -111,6 +131,137 @@ def test_compare_shows_the_sweeps_side_by_side(
     # A data set that is not EMNIST is named as such beside the figures.
     assert "tiny.zip (EMNIST's layout, not EMNIST)" in out
     assert "tiny.zip (EMNIST's layout, not EMNIST)" in note
+
+
+def test_compare_makes_a_report_and_pictures(
+    swept: mlflow.MlflowClient, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _compare(data_dir)
+    (run,) = runs(swept, "compare")
+    assert artifacts(swept, run.info.run_id) == {
+        "report.html",
+        "comparison.csv",
+        "comparison.md",
+        "comparison.png",
+        "best_so_far.png",
+        "accuracy_by_latency.png",
+        "accuracy_by_size.png",
+        "recall_by_letter.png",
+        "confusion_knn.png",
+        "confusion_toy.png",
+        "importance_knn.png",
+        "importance_toy.png",
+        "disagreements.png",
+        "bills.png",
+    }
+    read = Reader(_report(swept))
+    # The figures are those of the sweeps and of the evaluations.
+    for sweep_run in runs(swept, "sweep"):
+        assert sweep_run.info.run_id in read.text["runs"]
+        assert f"{sweep_run.data.metrics['fit_cpu_seconds']:,.1f}" in read.text["bill"]
+        assert f"{sweep_run.data.metrics['test_accuracy']:.2%}" in read.text["table"]
+        assert f"{sweep_run.data.metrics['budget_cpu_seconds']:,.0f}" in read.text["bill"]
+    # It is named where one looks: on the run's page, and in the terminal.
+    assert "`report.html`" in run.data.tags["mlflow.note.content"]
+    place = f"#/experiments/0/runs/{run.info.run_id}/artifacts/report.html"
+    assert place in capsys.readouterr().out
+
+
+def test_the_letters_that_are_shown_are_those_that_are_named(
+    swept: mlflow.MlflowClient, data_dir: Path
+) -> None:
+    _compare(data_dir)
+    html, (data,) = _report(swept), _data(data_dir)
+    test = data.part("test")
+    known = {image.tobytes(): LETTERS[label] for image, label in zip(*test, strict=True)}
+    found = re.findall(r'base64,([^"]+)" width="84" height="84" alt="A handwritten (.)"', html)
+    assert len(found) == report.N_PICTURES
+    for png, letter in found:
+        ink = 255 - np.asarray(Image.open(io.BytesIO(base64.b64decode(png))))
+        assert known[ink.tobytes()] == letter
+
+
+def test_compare_takes_the_runs_that_are_named(
+    swept: mlflow.MlflowClient, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    knn, toy_run = runs(swept, "sweep")
+    _compare(data_dir, run_ids=toy_run.info.run_id)
+    assert "| TOY" in capsys.readouterr().out
+    assert "nobody to disagree with" in _report(swept)
+    # Two runs of one model are told apart by their ids; a trial is a single fit.
+    trial = knn.data.tags["best_run_id"]
+    _compare(data_dir, run_ids=f"{knn.info.run_id},{trial}")
+    out = capsys.readouterr().out
+    assert f"KNN {knn.info.run_id[:6]}" in out
+    assert f"Not the winner of a sweep but a single fit: KNN {trial[:6]}." in out
+
+
+def test_data_sets_of_different_digests_are_never_mixed(
+    swept: mlflow.MlflowClient, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    knn, toy_run = runs(swept, "sweep")
+    digest = knn.data.tags["dataset_digest"]
+    swept.set_tag(toy_run.info.run_id, "dataset_digest", "0ther0ther00")
+    both = f"{knn.info.run_id},{toy_run.info.run_id}"
+    with pytest.raises(UserError) as error:
+        _compare(data_dir, run_ids=both)
+    # The sentence names the rule, the runs with their digests, and the cure.
+    assert "models are compared on one data set, but 2 came" in str(error.value)
+    assert f"({knn.info.run_id}) is on {digest}" in str(error.value)
+    assert f"({toy_run.info.run_id}) is on 0ther0ther00" in str(error.value)
+    assert "pass run_ids of one digest" in str(error.value)
+    assert [run.info.status for run in runs(swept, "compare")] == ["FAILED"]
+    assert artifacts(swept, runs(swept, "compare")[0].info.run_id) == {"traceback.txt"}
+    with pytest.raises(UserError, match="dataset_digest must be that of the runs, but 'elsewhere'"):
+        _compare(data_dir, run_ids=knn.info.run_id, dataset_digest="elsewhere")
+    # Who is not there for that reason is named.
+    _compare(data_dir, dataset_digest=digest)
+    said = f"Not here: TOY, which was swept on other letters than {digest}."
+    assert said in capsys.readouterr().out
+    assert said in Reader(_report(swept)).text[""]
+
+
+def test_compare_says_when_budgets_differ(
+    swept: mlflow.MlflowClient, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    knn, toy_run = runs(swept, "sweep")
+    swept.log_metric(knn.info.run_id, "budget_cpu_seconds", 300, step=99)
+    swept.log_metric(toy_run.info.run_id, "budget_cpu_seconds", 60, step=99)
+    _compare(data_dir)
+    said = "The budgets differ (KNN 300, TOY 60 CPU-seconds)"
+    assert said in capsys.readouterr().out
+    assert said in runs(swept, "compare")[0].data.tags["mlflow.note.content"]
+    assert said in Reader(_report(swept)).text[""]
+
+
+def test_compare_never_asks_for_labels_of_test(
+    swept: mlflow.MlflowClient, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _compare(data_dir)
+    monkeypatch.setattr(evaluate, "evaluate", None)  # calling it would be a TypeError
+    part = Dataset.part
+    monkeypatch.setattr(Dataset, "part", lambda self, name: part(self, name)._replace(labels=None))
+    _compare(data_dir)
+
+
+def test_an_evaluation_that_kept_no_guesses_is_made_anew(
+    swept: mlflow.MlflowClient, data_dir: Path
+) -> None:
+    knn, _ = runs(swept, "sweep")
+    _evaluate(data_dir, knn.info.run_id)
+    (run,) = runs(swept, "evaluate")
+    folder = Path(run.info.artifact_uri.removeprefix("file://"))
+    (folder / "predictions.csv").unlink()
+    _compare(data_dir)
+    assert len(runs(swept, "evaluate")) == 3
+
+
+@pytest.mark.parametrize("run_ids", ["nothing", "nothing,else"])
+def test_compare_of_unknown_runs_is_a_sentence(
+    run_ids: str, store: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="run_id must name a run of the tracking store"):
+        _compare(tmp_path, run_ids=run_ids)
 
 
 def test_compare_evaluates_a_model_once(swept: mlflow.MlflowClient, data_dir: Path) -> None:

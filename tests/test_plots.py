@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from pipeline import plots
+from pipeline.bill import OVERHEAD
 from pipeline.spec import LETTERS, Part
 
 NAN = float("nan")
@@ -35,7 +36,26 @@ def bins(*rows: tuple[float, float, int]) -> pd.DataFrame:
 
 def table(*rows: tuple[str, float, float, float, float]) -> pd.DataFrame:
     names = ["test_accuracy", "test_accuracy_low", "test_accuracy_high", "deck_accuracy"]
-    return pd.DataFrame(rows, columns=["model", *names])
+    return pd.DataFrame(rows, columns=["label", *names])
+
+
+def costs(*rows: tuple[float, float, bool]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows, columns=["model_mb", "test_accuracy", "on_front"])
+    low, high = frame["test_accuracy"] - 0.01, frame["test_accuracy"] + 0.01
+    return frame.assign(label="CNN", test_accuracy_low=low, test_accuracy_high=high)
+
+
+def curve(*points: tuple[float, float]) -> pd.DataFrame:
+    return pd.DataFrame(points, columns=["spent_cpu_seconds", "val_accuracy"])
+
+
+def recall(n_models: int) -> pd.DataFrame:
+    columns = {f"model {i}": RNG.random(26) for i in range(n_models)}
+    return pd.DataFrame(columns, index=list(LETTERS))
+
+
+def causes(**spent: list[float]) -> pd.DataFrame:
+    return pd.DataFrame(spent, index=[f"model {i}" for i in range(len(spent["fit"]))])
 
 
 def trials(values: list[float], states: list[str]) -> pd.DataFrame:
@@ -77,14 +97,24 @@ FIGURES: dict[tuple[str, str], Callable[[], Figure]] = {
     ("reliability", "many"): lambda: plots.reliability(bins((0.5, 0.4, 9), (0.9, 1, 9)), "knn"),
     ("reliability", "one bin"): lambda: plots.reliability(bins((1.0, 0.5, 9)), "knn"),
     ("comparison", "many"): lambda: plots.comparison(
-        table(("cnn", 0.9, 0.88, 0.92, 0.92), ("toy", 0.1, 0.08, 0.13, NAN)), "data"
+        table(("CNN", 0.9, 0.88, 0.92, 0.92), ("TOY", 0.1, 0.08, 0.13, NAN))
     ),
-    ("comparison", "one, all right"): lambda: plots.comparison(
-        table(("cnn", 1, 0.99, 1, 0.92)), "data"
+    ("comparison", "one, all right"): lambda: plots.comparison(table(("CNN", 1, 0.99, 1, 0.92))),
+    ("comparison", "no deck, all wrong"): lambda: plots.comparison(table(("TOY", 0, 0, 0.01, NAN))),
+    ("best_by_cost", "many"): lambda: plots.best_by_cost(
+        {f"model {i}": curve((9 + i, 0.5), (20, 0.6), (30, 0.6)) for i in range(9)}
     ),
-    ("comparison", "no deck, all wrong"): lambda: plots.comparison(
-        table(("toy", 0, 0, 0.01, NAN)), "data"
+    ("best_by_cost", "one point"): lambda: plots.best_by_cost({"CNN": curve((9, 0.5))}),
+    ("trade_off", "many"): lambda: plots.trade_off(
+        costs((1, 0.9, True), (2, 0.95, True), (900, 0.9, False)), "model_mb", "MB"
     ),
+    ("trade_off", "one"): lambda: plots.trade_off(costs((1, 0.9, True)), "model_mb", "MB"),
+    ("recall_by_letter", "many"): lambda: plots.recall_by_letter(recall(7), "ILGQ"),
+    ("recall_by_letter", "few letters"): lambda: plots.recall_by_letter(recall(1)[:2], "ILGQ"),
+    ("bills", "many causes"): lambda: plots.bills(
+        causes(fit=[9.0, 5.0], **{name: [0.5, -0.01] for name in OVERHEAD})
+    ),
+    ("bills", "one that is fit alone"): lambda: plots.bills(causes(fit=[9.0])),
     ("best_so_far", "all states"): lambda: plots.best_so_far(
         trials([0.5, 0.4, NAN, NAN, 0.6], STATES), "study"
     ),
@@ -147,3 +177,26 @@ def test_parallel_coordinates_orders_and_scales() -> None:
     assert [line[-1] for line in lines] == pytest.approx([0, 0.25, 0.5, 1])
     # Law: the best trial's line goes through its own params, highest value or last word on top.
     assert lines[-1][:5] == pytest.approx([1, 1 / 9, 0, 0, 0])
+
+
+def test_a_model_has_one_colour_and_mark_in_all_figures() -> None:
+    (by_cost,) = plots.best_by_cost({"CNN": curve((9, 0.5)), "KNN": curve((9, 0.6))}).axes
+    (by_letter,) = plots.recall_by_letter(recall(2), "ILGQ").axes
+    marks = [
+        [
+            (line.get_color(), line.get_marker())
+            for line in axes.lines
+            if line.get_marker() != "None"
+        ]
+        for axes in (by_cost, by_letter)
+    ]
+    # Law: the second model looks the same here and there, and other than the first.
+    assert marks[0] == marks[1]
+    assert len(set(marks[0])) == 2
+
+
+def test_the_hardest_letter_is_on_top() -> None:
+    frame = pd.DataFrame({"CNN": [0.9, 0.5, 0.7]}, index=list("ABC"))
+    (axes,) = plots.recall_by_letter(frame, "ILGQ").axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["B", "C", "A"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]
