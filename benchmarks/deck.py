@@ -15,7 +15,7 @@ from sklearn.metrics import confusion_matrix
 
 from pipeline import evaluate, models, prep, registry, tracking
 from pipeline.bill import METER
-from pipeline.compare import DECK_ACCURACY
+from pipeline.findings import DECK_ACCURACY
 from pipeline.spec import LETTERS, Dataset, UserError
 from sweeps.nursery import ONE_THREAD
 

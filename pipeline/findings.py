@@ -18,7 +18,7 @@ from pipeline.spec import LETTERS
 # "Deep Learning with EMNIST" (2024): 40,000 letters of EMNIST, minimal tuning. The deck gives
 # accuracies; on other letters than EMNIST they are a reminder, not a baseline.
 DECK_ACCURACY = {"cnn": 0.92, "lstm": 0.79, "knn": 0.83}
-PAIRS = (("I", "L"), ("G", "Q"))  # which the deck's models take for each other
+PAIRS = (("I", "L"), ("G", "Q"))  # which look alike where upper and lower case are one
 NONE = "none of them"
 
 

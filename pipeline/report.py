@@ -183,7 +183,7 @@ def best_so_far(entries: Sequence[Entry]) -> Section:
         if entry.trials is not None
     }
     without = [entry.label for entry in entries if entry.trials is None]
-    missing = f"No curve for {findings.listed(without)}: a single fit has no search." * bool(
+    missing = f"No curve for {findings.listed(without)}: it has no trials of a sweep." * bool(
         without
     )
     if not curves:
@@ -270,7 +270,7 @@ def letters(entries: Sequence[Entry]) -> Section:
         "recall_by_letter",
         plots.recall_by_letter(recall, {letter for pair in PAIRS for letter in pair}),
         f"Recall of each letter by each model, the hardest on top. The pairs {called_out}, which "
-        "the deck names as the hard ones, lie on a band.",
+        "look alike where upper and lower case are one letter, lie on a band.",
         f"Recall of each letter by each model; the hardest are {hardest}; the table has all values",
     )
     pairs = []

@@ -130,7 +130,7 @@ def test_text_from_outside_is_text() -> None:
     ("entries", "section", "words", "n_figures"),
     [
         ([entry("CNN")], "disagreements", "nobody to disagree with", 0),
-        ([entry("CNN", step="train")], "search", "a single fit has no search", 0),
+        ([entry("CNN", step="train")], "search", "it has no trials of a sweep", 0),
         ([entry("CNN", step="train")], "importance", "CNN (it was no sweep)", 0),
         ([entry("CNN", importance={})], "importance", "CNN (too few trials were proposed)", 0),
         ([entry("CNN"), entry("KNN", step="train")], "search", "No curve for KNN", 1),

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
+import pandas as pd
 import pytest
 
 from pipeline import tracking, views
@@ -175,6 +177,16 @@ def test_latest_sweeps_are_one_a_model_and_of_one_data_set(store: mlflow.MlflowC
     assert found == {"cnn": ids[3], "knn": ids[1]}
     found = {model: run.info.run_id for model, run in tracking.latest_sweeps(store, "bbbb").items()}
     assert found == {"cnn": ids[2]}
+
+
+def test_a_table_is_read_as_it_was_logged(store: mlflow.MlflowClient) -> None:
+    frame = pd.DataFrame({"guess": ["N", "NA", "nan"], "share": [0.5, np.nan, 1.0], "n": [1, 2, 3]})
+    with tracking.start("train") as run:
+        run.csv("table.csv", frame)
+        found = run.read_csv(run.id, "table.csv")
+        # Words stay words, also those that pandas takes for missing values.
+        pd.testing.assert_frame_equal(found, frame)
+        assert run.read_csv(run.id, "other.csv") is None
 
 
 def test_an_unknown_run_id_is_a_sentence(store: mlflow.MlflowClient) -> None:

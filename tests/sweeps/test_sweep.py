@@ -113,7 +113,12 @@ def test_every_trial_is_a_child_run_and_the_sweep_shows_the_best(sweeps: Sweeps)
     assert parent.data.metrics["n_trials"] == len(trials)
     bill = [parent.data.metrics[f"{name}cpu_seconds"] for name in ("", "fit_", "overhead_")]
     assert bill[0] == pytest.approx(bill[1] + bill[2])
-    assert artifacts(sweeps.store, parent.info.run_id) == FIGURES | {"trials.csv"}
+    tables = {"trials.csv", "hyperparameter_importance.csv"}
+    assert artifacts(sweeps.store, parent.info.run_id) == FIGURES | tables
+    # What a comparison must know: what the sweep was given, and what mattered.
+    assert parent.data.metrics["budget_cpu_seconds"] == sweeps.ledger()[0]["total"]
+    shares = mlflow.artifacts.load_text(f"{parent.info.artifact_uri}/hyperparameter_importance.csv")
+    assert sorted(line.split(",")[0] for line in shares.split()[1:]) == ["quality", "steps"]
     # Ledger, study and MLflow agree on how many trials there were.
     folder = Path(sweeps.options["data_dir"]) / "studies" / parent.data.tags["study"]
     journal = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
