@@ -275,23 +275,18 @@ def letters(entries: Sequence[Entry]) -> Section:
     )
     pairs = []
     for one, other in PAIRS:
-        found = {entry.label: findings.pair(entry, (one, other)) for entry in entries}
+        found = [findings.pair(entry, (one, other)) for entry in entries]
         rows = [
-            [
-                label,
-                _number(pair[f"recall_{one}"], ".1%"),
-                f"{pair[f'{one}_for_{other}']:.0f}",
-                _number(pair[f"recall_{other}"], ".1%"),
-                f"{pair[f'{other}_for_{one}']:.0f}",
-                f"{pair['merged_accuracy']:.2%}",
-            ]
-            for label, pair in found.items()
+            [words, *(_number(pair[figure], form) for pair in found)]
+            for words, figure, form in (
+                (f"recall of {one}", f"recall_{one}", ".1%"),
+                (f"{one} taken for {other}", f"{one}_for_{other}", ".0f"),
+                (f"recall of {other}", f"recall_{other}", ".1%"),
+                (f"{other} taken for {one}", f"{other}_for_{one}", ".0f"),
+                ("accuracy if they were one letter", "merged_accuracy", ".2%"),
+            )
         ]
-        columns = [
-            "Model", f"recall of {one}", f"{one} taken for {other}",
-            f"recall of {other}", f"{other} taken for {one}", "accuracy if they were one letter",
-        ]  # fmt: skip
-        pairs.append(Table(f"The pair {one} and {other}.", columns, rows))
+        pairs.append(Table(f"The pair {one} and {other}.", ["", *recall.columns], rows))
     each = Table(
         "Recall of each letter",
         ["Letter", *recall.columns],

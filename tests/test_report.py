@@ -44,11 +44,11 @@ def test_it_is_small(html: str) -> None:
     assert len(html.encode()) < 2_000_000
 
 
-def test_every_part_is_there_and_linked(read: Reader) -> None:
+def test_every_part_is_there(read: Reader) -> None:
     ids = [given["id"] for tag, given in read.attributes if tag == "section"]
     assert ids == SECTIONS
-    links = [given["href"] for tag, given in read.attributes if tag == "a"]
-    assert links == [f"#{name}" for name in SECTIONS]
+    # No links: the MLflow UI shows the file in a sandbox where they do nothing.
+    assert "a" not in read.tags
 
 
 def test_every_figure_has_a_name_and_a_caption(read: Reader) -> None:
