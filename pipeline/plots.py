@@ -18,7 +18,7 @@ Counts = npt.NDArray[np.int64]
 BLUE, GREY, RED = "#1f5fa8", "#9aa5b1", "#c0392b"
 # Of models side by side: each is told from white and from near-black paper, and by its mark.
 COLOURS = ("#2f7fc1", "#d9622b", "#169b74", "#a06ac4", "#9a8424", "#c8557f")
-MARKS = "os^Dv*"
+MARKS = "os^Dv"  # one less than colours, so that thirty models differ
 # From any paper to blue; the first step is the largest, so that what is rare is seen.
 FADE = LinearSegmentedColormap.from_list(
     "fade", [(0.0, f"{COLOURS[0]}00"), (0.04, f"{COLOURS[0]}28"), (1.0, f"{COLOURS[0]}ff")]
@@ -127,10 +127,13 @@ def comparison(table: pd.DataFrame) -> Figure:
 def best_by_cost(curves: Mapping[str, pd.DataFrame]) -> Figure:
     """Best accuracy on val against the CPU-seconds that each sweep had spent by then.
 
-    ``curves``: by label, columns spent_cpu_seconds and val_accuracy, which never falls.
+    ``curves``: by label, columns spent_cpu_seconds and val_accuracy, which never falls; a model
+    that has none keeps its place, and so the others their looks.
     """
     figure, axes = _card(3.6, "CPU-seconds of the sweep", "best val accuracy so far (%)")
     for i, (label, curve) in enumerate(curves.items()):
+        if curve.empty:
+            continue
         x, y = curve["spent_cpu_seconds"].to_numpy(), 100 * curve["val_accuracy"].to_numpy()
         axes.step(x, y, where="post", color=COLOURS[i % len(COLOURS)], linewidth=1.8)
         # Its marks are where it rose, and where it ended.

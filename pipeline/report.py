@@ -1,4 +1,4 @@
-"""A comparison as one HTML file: findings and figures in, text out. Nothing is read or written.
+"""A comparison as one HTML file: findings and figures in, text out. Only its template is read.
 
 The file has no script and no address outside: its figures are SVG that matplotlib has drawn, inside
 of it, in the reader's own ink, so that they follow light and dark.
@@ -76,7 +76,7 @@ class Section(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """Of which letters, of which run, and when (any text) a report is."""
+    """What a report is of: the data set, the run that made it, and when."""
 
     title: str
     digest: str
@@ -177,16 +177,16 @@ def _confirmed(mean: float, deviation: float, n_seeds: float) -> str:
 
 
 def best_so_far(entries: Sequence[Entry]) -> Section:
+    none = pd.DataFrame(columns=["spent_cpu_seconds", "val_accuracy"], dtype=float)
     curves = {
-        entry.label: findings.best_by_cost(entry.trials)
+        entry.label: none if entry.trials is None else findings.best_by_cost(entry.trials)
         for entry in entries
-        if entry.trials is not None
     }
     without = [entry.label for entry in entries if entry.trials is None]
     missing = f"No curve for {findings.listed(without)}: it has no trials of a sweep." * bool(
         without
     )
-    if not curves:
+    if len(without) == len(entries):
         return Section("search", "Best so far, by cost", missing=missing)
     rows = [
         [
@@ -198,6 +198,7 @@ def best_so_far(entries: Sequence[Entry]) -> Section:
             f"{curve['spent_cpu_seconds'].iloc[-1]:,.0f}",
         ]
         for label, curve in curves.items()
+        if len(curve)
     ]
     chart = Chart(
         "best_so_far",

@@ -104,6 +104,9 @@ FIGURES: dict[tuple[str, str], Callable[[], Figure]] = {
     ("best_by_cost", "many"): lambda: plots.best_by_cost(
         {f"model {i}": curve((9 + i, 0.5), (20, 0.6), (30, 0.6)) for i in range(9)}
     ),
+    ("best_by_cost", "one without"): lambda: plots.best_by_cost(
+        {"TRAIN": curve(), "CNN": curve((9, 0.5))}
+    ),
     ("best_by_cost", "one point"): lambda: plots.best_by_cost({"CNN": curve((9, 0.5))}),
     ("trade_off", "many"): lambda: plots.trade_off(
         costs((1, 0.9, True), (2, 0.95, True), (900, 0.9, False)), "model_mb", "MB"
@@ -193,6 +196,12 @@ def test_a_model_has_one_colour_and_mark_in_all_figures() -> None:
     # Law: the second model looks the same here and there, and other than the first.
     assert marks[0] == marks[1]
     assert len(set(marks[0])) == 2
+    # Law: also where the first has no curve.
+    (alone,) = plots.best_by_cost({"CNN": curve(), "KNN": curve((9, 0.6))}).axes
+    assert marks[0][1] in [(line.get_color(), line.get_marker()) for line in alone.lines]
+    # Law: thirty models can be told apart.
+    styles = [plots._style(i) for i in range(30)]
+    assert len({(style["color"], style["marker"]) for style in styles}) == 30
 
 
 def test_the_hardest_letter_is_on_top() -> None:
