@@ -30,7 +30,7 @@ def tags() -> dict[str, str]:
                 "Sweeps side by side",
                 "tags.step = 'sweep'",
                 metrics=["test_accuracy", "confirmed_val_accuracy", "cpu_seconds", "n_trials"],
-                tags=["model", "dataset_title"],
+                tags=["dataset_title"],
                 charts=[
                     _line("val_accuracy", **at_cost),
                     _scatter("cpu_seconds", "test_accuracy"),
@@ -74,9 +74,13 @@ def tags() -> dict[str, str]:
                 "promotions",
                 "Promotions",
                 "tags.step = 'promote'",
-                metrics=[],
-                tags=["model", "model_version", "dataset_title"],
-                charts=[],
+                metrics=["gate_accuracy", "champion_gate_accuracy", "gain", "p_value"],
+                tags=["decision", "reason", "decided_by"],
+                charts=[
+                    _bar("gain"),
+                    _bar("gate_accuracy"),
+                    _scatter("predict_us_per_letter", "gate_accuracy"),
+                ],
             ),
         ]
     )
