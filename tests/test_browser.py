@@ -1,20 +1,26 @@
 """The report, alone and in the MLflow UI, as a browser shows it: headless Chromium, and axe."""
 
+from __future__ import annotations
+
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from pages import THREE, page
-from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 from servers import Server
 
 from pipeline import report
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, ConsoleMessage, Page
+
+why = "playwright and axe-playwright-python are not installed (tests/requirements.txt)"
+sync_playwright = pytest.importorskip("playwright.sync_api", reason=why).sync_playwright
+Axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason=why).Axe
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
