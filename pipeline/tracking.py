@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 import time
@@ -33,7 +34,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import Schema, TensorSpec
 from mlflow.utils import requirements_utils
 
-from pipeline import owner, views
+from pipeline import owner, served_letters, views
 from pipeline.bill import charge
 from pipeline.spec import LETTERS, SIDE, Dataset, Fitted, Images, UserError
 
@@ -184,6 +185,7 @@ class Run:
             @staticmethod
             def save_model(validate_serving_input: bool, **arguments: Any) -> None:
                 fitted.save_model(**arguments)
+                _guard(Path(arguments["path"]), arguments["mlflow_model"])
                 sizes.append(arguments["mlflow_model"].model_size_bytes or 0)
 
         info = Model.log(
@@ -439,6 +441,17 @@ def artifact_hint(run: Run, name: str) -> str:
     """Where the MLflow UI shows an artifact of a run."""
     place = f"/#/experiments/{run.experiment_id}/runs/{run.id}/artifacts/{name}"
     return f"`mlflow ui`, then http://127.0.0.1:5000{place}"
+
+
+def _guard(folder: Path, model: Model) -> None:
+    """Have a saved model loaded by ``served_letters``, a copy of which goes with it."""
+    flavor = model.flavors["python_function"]
+    code = folder / (flavor.get("code") or "code")
+    code.mkdir(exist_ok=True)
+    shutil.copy(served_letters.__file__, code)
+    flavor[served_letters.INNER] = flavor["loader_module"]
+    flavor |= {"loader_module": served_letters.__name__.rpartition(".")[2], "code": code.name}
+    model.save(str(folder / "MLmodel"))
 
 
 def _model_id(model_uri: str) -> str:

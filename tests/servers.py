@@ -1,4 +1,5 @@
-"""A real MLflow server on this machine, that a test can stop and start again."""
+"""Real MLflow servers on this machine: of a tracking store, that a test can stop and start again,
+and of a model."""
 
 import os
 import signal
@@ -23,16 +24,16 @@ class Server:
         words = ["server", "--backend-store-uri", store_uri, "--port", str(self.port)]
         words += ["--artifacts-destination", str(folder / "served"), "--workers", "1"]
         self.command = [sys.executable, "-m", "mlflow", *words]
+        self.environment = {**os.environ, "MLFLOW_TRACKING_URI": ""}
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        environment = {**os.environ, "MLFLOW_TRACKING_URI": ""}
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=log, start_new_session=True, env=environment
+                self.command, stdout=log, stderr=log, start_new_session=True, env=self.environment
             )
-        assert wait(self._answers, 90), (self.folder / "server.log").read_text()
+        assert wait(self._answers, 200), (self.folder / "server.log").read_text()
 
     def stop(self) -> None:
         """Kill it, whatever it is doing."""
@@ -45,3 +46,15 @@ class Server:
             return requests.get(f"{self.uri}/health", timeout=5).ok
         except requests.ConnectionError:
             return False
+
+
+class ModelServer(Server):
+    """``mlflow models serve`` of the model at ``uri`` in the tracking store of this process."""
+
+    def __init__(self, uri: str, folder: Path) -> None:
+        super().__init__("", folder)
+        words = ["models", "serve", "-m", uri, "--env-manager", "local", "--port", str(self.port)]
+        self.command = [sys.executable, "-m", "mlflow", *words]
+        # It starts uvicorn by its name.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self.environment = {**os.environ, "PATH": path}
