@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 from HersheyFonts import HersheyFonts
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from pipeline import nist
 from pipeline.spec import LETTERS, SIDE, Images, Labels, Letters, Part, Source, UserError
 
 _SEED = 2017
@@ -42,9 +43,6 @@ _HAND = {
 }
 _SMOOTH = {"corners": 0.06, "elastic": 0.25, "drift": 0.4, "tremor": 0.05}  # em, sigma of Gaussians
 _STEP = 0.05  # em, between pen points at most
-
-_CANVAS, _BLUR = 128, 1.0  # px, what is drawn on, and the sigma of its blur
-_DRAWN, _BOX = 96, 24  # px, a letter's longer side on the canvas, and in the end
 
 _Array = npt.NDArray[np.float64]
 _Stroke = list[tuple[float, float]]
@@ -107,7 +105,6 @@ def _read(n_train_and_val: int, n_test: int) -> Letters:
 def _draw(labels: Labels) -> Images:
     """One picture a label. Chunks are independent: any of them can be drawn without the others."""
     glyphs = _glyphs()
-    margin = (SIDE - _BOX) // 2
     images = np.zeros((len(labels), SIDE, SIDE), np.uint8)
     starts = range(0, len(labels), _CHUNK)
     seeds = np.random.SeedSequence(_SEED).spawn(len(starts))
@@ -117,7 +114,7 @@ def _draw(labels: Labels) -> Images:
             glyph = glyphs[label][rng.integers(len(glyphs[label]))]
             hand = {name: rng.uniform(*ends) for name, ends in _HAND.items()}
             strokes = _write(glyph, hand, rng)
-            images[i, margin:-margin, margin:-margin] = _picture(strokes, hand["pen"])
+            images[i] = _picture(strokes, hand["pen"])
     return images
 
 
@@ -174,24 +171,17 @@ def _write(glyph: _Glyph, hand: Mapping[str, float], rng: np.random.Generator) -
     points = points @ [[wide, 0], [-hand["slant"], 1 / wide]]
     points = points @ [[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]]
     low, high = points.min(axis=0), points.max(axis=0)
-    points = (points - (low + high) / 2) * (_DRAWN / (high - low).max()) + _CANVAS / 2
+    points = (points - (low + high) / 2) * (nist.DRAWN / (high - low).max()) + nist.CANVAS / 2
     # Processors differ in the last bits of a product; rounding lets them draw the same picture.
     return np.split(points.round(3), glyph.starts)
 
 
 def _picture(strokes: list[_Array], pen: float) -> Images:
-    """NIST's recipe: blur, crop to the ink, pad to a square, shrink."""
-    image = Image.new("L", (_CANVAS, _CANVAS))
+    """What the pen draws on the canvas, brought to (28, 28) by NIST's recipe."""
+    image = Image.new("L", (nist.CANVAS, nist.CANVAS))
     draw = ImageDraw.Draw(image)
     for stroke in strokes:
         draw.line(stroke.ravel().tolist(), fill=255, width=round(pen))
         for point in stroke.tolist():  # the pen is round: at joints and at both ends
             draw.circle(point, pen / 2, fill=255)
-    image = image.filter(ImageFilter.GaussianBlur(_BLUR))
-    ink = image.getbbox()
-    assert ink, "a pen leaves ink"
-    left, top, right, bottom = ink
-    side = max(right - left, bottom - top)
-    left, top = (left + right - side) // 2, (top + bottom - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return np.asarray(square.resize((_BOX, _BOX), Image.Resampling.BICUBIC))
+    return nist.letter(image)
