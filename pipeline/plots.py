@@ -9,9 +9,11 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from pipeline.bill import OVERHEAD
+from pipeline.scan import Seen
 from pipeline.spec import LETTERS, SIDE, Images, Part
 
 Counts = npt.NDArray[np.int64]
@@ -54,6 +56,28 @@ def letters(images: Images, captions: Sequence[str], title: str, columns: int = 
     for axes, image, caption in zip(grid, images, captions, strict=False):
         axes.imshow(255 - image, cmap="gray", vmin=0, vmax=255)
         axes.set_title(caption, fontsize=8, y=-0.28)
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def seen(found: Seen, guesses: Mapping[str, float], title: str) -> Figure:
+    """The picture with a box around its letter, the letter as a model sees it, and its guesses."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    whole, small, bars = figure.subplots(1, 3, width_ratios=(1.4, 1, 0.9))
+    whole.imshow(found.picture, cmap="gray", vmin=0, vmax=1)
+    left, top, right, bottom = found.box
+    place = (left - 0.5, top - 0.5)
+    whole.add_patch(Rectangle(place, right - left, bottom - top, fill=False, edgecolor=RED, lw=1.5))
+    whole.set_title("the picture, and where the ink is", fontsize=9)
+    small.imshow(found.letter, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    small.set_title("what the model saw", fontsize=9)
+    whole.set_axis_off()
+    small.set_axis_off()
+    bars.barh(list(guesses), list(guesses.values()), color=BLUE)
+    bars.invert_yaxis()
+    bars.set_xlim(0, 1)
+    bars.spines[["top", "right"]].set_visible(False)
+    bars.set_title("probability", fontsize=9)
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 

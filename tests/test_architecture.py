@@ -9,7 +9,7 @@ import pytest
 import yaml
 from mlflow.utils.environment import _PythonEnv
 
-from pipeline import compare, evaluate, prep, promote, reproduce, train
+from pipeline import compare, evaluate, predict, prep, promote, reproduce, train
 from sweeps import main, sweep
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +24,7 @@ STEPS = {
     "reproduce": reproduce,
     "compare": compare,
     "promote": promote,
+    "predict": predict,
 }
 
 
@@ -57,13 +58,20 @@ def test_the_nouns_import_nothing_of_ours() -> None:
 
 
 def test_what_is_served_imports_nothing_of_ours() -> None:
-    # The file travels inside the logged model, to where the project is absent.
+    # The files travel inside the logged model, to where the project is absent.
     assert _ours(ROOT / "pipeline/models/_neighbours.py") == set()
+    assert _ours(ROOT / "pipeline/served_letters.py") == set()
 
 
 @pytest.mark.parametrize("package", ["models", "datasets"])
 def test_members_import_only_nouns_and_their_own_machinery(package: str) -> None:
-    allowed = (f"pipeline.{package}._", "pipeline.spec.", "pipeline.quiet", "pipeline.bill.")
+    allowed = (
+        f"pipeline.{package}._",
+        "pipeline.spec.",
+        "pipeline.quiet",
+        "pipeline.bill.",
+        "pipeline.nist",
+    )
     for path in ROOT.glob(f"pipeline/{package}/*.py"):
         for name in _ours(path):
             private = name == f"pipeline.{package}._" or name.startswith(allowed)
@@ -116,7 +124,7 @@ def test_defaults_of_mlproject_are_good_values(name: str) -> None:
         if "default" in parameter:
             STEPS[name].OPTIONS[option](option, str(parameter["default"]))
         else:
-            assert option == "model"
+            assert option in ("model", "image")
 
 
 def test_every_parameter_of_mlproject_has_a_comment() -> None:

@@ -1,0 +1,89 @@
+"""The step ``predict``: which letter a picture shows, and what the model saw of it.
+
+mlflow run . -e predict -P image=letter.png
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlflow.pyfunc
+import numpy as np
+import requests
+from mlflow.models import Model
+
+from pipeline import cli, plots, quiet, scan, tracking
+from pipeline.spec import LETTERS, UserError
+
+OPTIONS: dict[str, cli.Convert] = {"image": cli.text, "model": cli.text, "output": cli.text}
+
+
+class Guess(NamedTuple):
+    """A letter and its probability."""
+
+    letter: str
+    probability: float
+
+
+def predict(model: Any, seen: scan.Seen) -> list[Guess]:
+    """All letters, the likeliest first."""
+    (probabilities,) = model.predict(seen.letter[None])
+    order = np.argsort(-probabilities, kind="stable")
+    return [Guess(LETTERS[i], float(probabilities[i])) for i in order]
+
+
+def load(uri: str) -> Any:
+    """The model at this address, in MLflow's terms; one that is not there is a ``UserError``."""
+    try:
+        known = Model.load(uri)
+        if known.signature != tracking.SIGNATURE:
+            raise UserError(
+                f"model must take letters as {tracking.SIGNATURE.inputs} and give 26 "
+                f"probabilities, but {uri!r} does not: name a model that this project has logged"
+            )
+        if "keras" in known.flavors:
+            quiet.import_keras()
+        return mlflow.pyfunc.load_model(uri)
+    except (mlflow.MlflowException, OSError, requests.RequestException) as error:
+        raise UserError(
+            f"model must be the address of a logged model, but {uri!r} gave: "
+            f"{str(error).partition(chr(10))[0]}: run `mlflow run . -e promote` first, or pass "
+            "-P model=models:/NAME/VERSION"
+        ) from error
+
+
+def destination(output: str, image: Path) -> Path:
+    """Where the picture of what the model saw goes; ``auto`` is beside the image."""
+    path = image.with_name(f"{image.stem}-seen.png") if output == "auto" else Path(output)
+    if path.suffix != ".png" or not path.parent.is_dir() or path.is_dir():
+        raise UserError(
+            f"output must name a .png file in a folder that exists, but {output!r} came: "
+            "pass -P output=seen.png, or leave it out"
+        )
+    return path
+
+
+def main(argv: Sequence[str]) -> None:
+    options = cli.parse_all("predict", argv, OPTIONS)
+    image = Path(options["image"])
+    seen = scan.find(scan.read(image))
+    path = destination(options["output"], image)
+    with tracking.start("predict") as run:
+        guesses = predict(load(options["model"]), seen)
+        best, second = guesses[:2]
+        sentence = (
+            f"{best.letter} {best.probability:.1%}, then {second.letter} {second.probability:.1%}"
+        )
+        figure = plots.seen(seen, dict(guesses[:5]), f"{image.name}: {sentence}")
+        figure.savefig(path, dpi=110)
+        run.params(options)
+        run.name(f"predict {image.name} · {best.letter} {best.probability:.0%}")
+        run.tags({"letter": best.letter, "runner_up": second.letter, "model_uri": options["model"]})
+        run.metrics({"probability": best.probability, "runner_up_probability": second.probability})
+        run.figure("seen.png", figure)
+        run.describe(f"{image.name}: **{sentence}**, by `{options['model']}`")
+    print(f"{sentence}  (by {options['model']}; what it saw: {path})")
+
+
+if __name__ == "__main__":
+    cli.run(main)
