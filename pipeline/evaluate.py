@@ -47,7 +47,7 @@ def evaluate(run: tracking.Run, source: RunEntity, data: Dataset) -> dict[str, f
     }
     name = source.info.run_name
     run.use_dataset(data, "test")
-    run.name(f"evaluate {name}")
+    run.name(f"{str(name).partition(' · ')[0]} on test · {metrics['test_accuracy']:.1%}")
     run.tags(
         {
             "model": source.data.tags["model"],

@@ -78,6 +78,7 @@ def test_evaluate_measures_the_logged_model_on_test(
     # The accuracy is that of the served model, inside of its interval.
     metrics = run.data.metrics
     assert metrics["test_accuracy"] == np.mean(guess.argmax(axis=1) == test.labels)
+    assert run.info.run_name == f"knn sweep on test · {metrics['test_accuracy']:.1%}"
     low, high = metrics["test_accuracy_low"], metrics["test_accuracy_high"]
     assert low < metrics["test_accuracy"] <= high  # they meet where all letters are right
     assert metrics["test_top2_accuracy"] >= metrics["test_accuracy"]
