@@ -297,7 +297,7 @@ def connect() -> mlflow.MlflowClient:
     if uri.startswith("http"):
         # MLflow itself would retry for minutes before it says so.
         try:
-            requests.get(f"{uri.rstrip('/')}/health", timeout=10).raise_for_status()
+            requests.get(f"{uri.rstrip('/')}/health", timeout=30).raise_for_status()
         except requests.RequestException as error:
             raise UserError(
                 f"the tracking server must answer, but {uri} gave {type(error).__name__}: "

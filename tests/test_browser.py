@@ -13,7 +13,7 @@ import pytest
 from pages import THREE, page
 from servers import Server
 
-from pipeline import report
+from pipeline import report, tracking, views
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page
@@ -187,3 +187,25 @@ def test_the_mlflow_ui_opens_it(tab: Any, store: mlflow.MlflowClient, server: Se
     shown.get_by_role("heading", level=1).wait_for(timeout=60_000)
     assert "CNN, KNN and LSTM" in str(shown.get_by_role("heading", level=1).text_content())
     assert shown.get_by_role("img", name="Test accuracy of each model").is_visible()
+
+
+def test_the_mlflow_ui_shows_the_views(
+    tab: Any, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    with tracking.start("sweep") as run:
+        run.name("toy sweep")
+        run.metrics({"test_accuracy": 0.91, "val_accuracy": 0.93, "cpu_seconds": 12.0})
+        with tracking.start("trial", parent=run) as trial:
+            trial.name("toy 000")
+            trial.metrics({"val_accuracy": 0.93})
+    address = f"{server.uri}{views.address(run.experiment_id)}"
+    runs = tab(address, size={"width": 1900, "height": 900})
+    # Sweeps alone, with the columns that the view has.
+    runs.get_by_role("link", name="toy sweep").wait_for(timeout=60_000)
+    assert runs.get_by_role("link", name="toy 000").count() == 0
+    runs.get_by_role("columnheader", name="test_accuracy").first.wait_for()
+    assert runs.get_by_text("0.91", exact=True).count() > 0
+    # It has charts of its own.
+    charts = tab(f"{address}&compareRunsMode=CHART", size={"width": 1900, "height": 900})
+    charts.get_by_text("cpu_seconds vs. test_accuracy").first.wait_for(timeout=60_000)

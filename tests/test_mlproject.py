@@ -212,7 +212,7 @@ def test_a_step_ends_where_mlflow_run_is_killed(user: User) -> None:
 def test_an_unreachable_tracking_server_is_a_sentence(user: User) -> None:
     environment = user.environment | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     command = [sys.executable, "-m", "pipeline.compare", "--dataset_digest", "latest"]
-    command += ["--data_dir", "data"]
+    command += ["--run_ids", "latest", "--data_dir", "data"]
     done = subprocess.run(
         command, cwd=user.project, env=environment, capture_output=True, text=True, timeout=60
     )

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from pipeline import plots
 from pipeline.bill import OVERHEAD
+from pipeline.scan import Seen
 from pipeline.spec import LETTERS, Part
 
 NAN = float("nan")
@@ -123,6 +124,9 @@ FIGURES: dict[tuple[str, str], Callable[[], Figure]] = {
     ),
     ("best_so_far", "one"): lambda: plots.best_so_far(trials([0.5], ["complete"]), "study"),
     ("best_so_far", "one that failed"): lambda: plots.best_so_far(trials([NAN], ["failed"]), "s"),
+    ("seen", "a letter"): lambda: plots.seen(
+        Seen(np.eye(40), (3, 4, 30, 36), np.eye(28, dtype=np.uint8)), {"A": 0.8, "B": 0.1}, "A"
+    ),
     ("importance", "many"): lambda: plots.importance({"units": 0.7, "dropout": 0.3}, "study"),
     ("importance", "one"): lambda: plots.importance({"units": 1.0}, "study"),
     ("importance", "nothing matters"): lambda: plots.importance({"units": 0, "blur": 0}, "study"),

@@ -355,7 +355,9 @@ def _race(store: mlflow.MlflowClient, uri: str, data_dir: Path, names: list[str]
     ]
     for racer in racers:
         assert racer.stdout is not None
-        assert racer.stdout.readline() == "decided\n"
+        if racer.stdout.readline() != "decided\n":
+            said = [one.communicate(timeout=120) for one in racers]  # else a pipe is left open
+            pytest.fail(f"not all have decided: {said}")
     for racer in racers:
         assert racer.stdin is not None
         racer.stdin.write("\n")
