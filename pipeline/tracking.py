@@ -233,10 +233,11 @@ def start(
         run = create(client, step, parent)
     if parent is None:
         reconcile(run)
-        show(run)
     status = "KILLED"
     try:
         run.tags({"step": step, "process": owner.me()} | environment_tags())
+        if parent is None:
+            show(run)
         yield run
         status = "FINISHED"
     except Exception as error:
@@ -269,7 +270,11 @@ def show(run: Run) -> None:
         wanted[NOTE] = views.DESCRIPTION
     for key, value in wanted.items():
         if there.get(key) != value:
-            run.client.set_experiment_tag(run.experiment_id, key, value)
+            try:
+                run.client.set_experiment_tag(run.experiment_id, key, value)
+            except mlflow.MlflowException:  # another process was faster
+                if key not in run.client.get_experiment(run.experiment_id).tags:
+                    raise
 
 
 @charge("tracking")

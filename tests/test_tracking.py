@@ -49,6 +49,24 @@ def test_an_experiment_gets_its_views_and_a_description_once(store: mlflow.Mlflo
     assert store.get_experiment("0").tags == first | {"mlflow.note.content": "mine"}
 
 
+@pytest.mark.parametrize("faster", [True, False])
+def test_two_may_make_the_views_at_once(
+    faster: bool, store: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = mlflow.MlflowClient.set_experiment_tag
+
+    def refused(client: mlflow.MlflowClient, *tag: Any) -> None:
+        if faster:  # another process
+            given(client, *tag)
+        raise mlflow.MlflowException("UNIQUE constraint failed")
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_experiment_tag", refused)
+    expected = contextlib.nullcontext() if faster else pytest.raises(mlflow.MlflowException)
+    with expected, tracking.start("train"):
+        pass
+    assert _only_run(store).info.status == ("FINISHED" if faster else "FAILED")
+
+
 def test_views_show_what_runs_have() -> None:
     for value in views.tags().values():
         assert len(value) <= 5000  # more MLflow refuses
