@@ -8,17 +8,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import mlflow.pyfunc
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from mlflow.entities import Run as RunEntity
-from mlflow.models import Model
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 from threadpoolctl import threadpool_limits
 
-from pipeline import cli, plots, prep, quiet, tracking
+from pipeline import cli, plots, prep, tracking
 from pipeline.spec import LETTERS, Dataset, Images, Labels, Part, Probabilities, UserError
 
 OPTIONS: dict[str, cli.Convert] = {"run_id": cli.text, "data_dir": cli.text}
@@ -71,9 +69,7 @@ def evaluate(run: tracking.Run, source: RunEntity, data: Dataset) -> dict[str, f
 
 def answer(model_uri: str, images: Images) -> tuple[Probabilities, dict[str, float]]:
     """What a logged model says of letters, and how long it takes; on one thread."""
-    if "keras" in Model.load(model_uri).flavors:
-        quiet.import_keras()
-    model = mlflow.pyfunc.load_model(model_uri)
+    model = tracking.load_model(model_uri)
     with threadpool_limits(1):
         probabilities: Probabilities = model.predict(np.asarray(images))
         return probabilities, latencies(model, images)
@@ -86,11 +82,11 @@ def accuracy(counts: Counts) -> dict[str, float]:
     each row from the multinomial that it estimates (the bootstrap of Efron and Tibshirani, 1993).
     """
     n, right = int(counts.sum()), int(counts.trace())
-    wilson = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    low, high = wilson(right, n)
     metrics = {
         "test_accuracy": right / n,
-        "test_accuracy_low": wilson.low,
-        "test_accuracy_high": wilson.high,
+        "test_accuracy_low": low,
+        "test_accuracy_high": high,
     }
     n_letters = counts.sum(axis=1)  # of each row; fixed, else draws would miss rare letters
     shares = counts / np.maximum(n_letters, 1)[:, None]
@@ -101,6 +97,12 @@ def accuracy(counts: Counts) -> dict[str, float]:
         metrics[name] = float(_mean_share(counts[None], axis)[0])
         metrics[f"{name}_low"], metrics[f"{name}_high"] = float(low), float(high)
     return metrics
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of the share ``right`` of ``n``."""
+    interval = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def _mean_share(counts: Counts, axis: int) -> npt.NDArray[np.float64]:

@@ -159,10 +159,14 @@ def duels(entries: Sequence[Entry]) -> pd.DataFrame:
     rows = []
     for one, other in combinations(entries, 2):
         first, second = int((one.right & ~other.right).sum()), int((~one.right & other.right).sum())
-        p = binomtest(first, first + second).pvalue if first + second else 1.0
-        rows.append([one.label, other.label, first, second, p])
+        rows.append([one.label, other.label, first, second, mcnemar(first, second)])
     columns = ["one", "other", "one_alone_right", "other_alone_right", "p_value"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def mcnemar(won: int, lost: int) -> float:
+    """p of McNemar's exact test, of the letters that one alone of two models reads right."""
+    return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
 def disagreements(entries: Sequence[Entry]) -> pd.DataFrame:

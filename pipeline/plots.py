@@ -1,7 +1,7 @@
 """Arrays and frames in, matplotlib figures out. Nothing here reads or writes a file."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from pipeline.bill import OVERHEAD
-from pipeline.scan import Seen
 from pipeline.spec import LETTERS, SIDE, Images, Part
+
+if TYPE_CHECKING:  # a sweep, which draws too, has no use for what reads pictures
+    from pipeline.scan import Seen
 
 Counts = npt.NDArray[np.int64]
 BLUE, GREY, RED = "#1f5fa8", "#9aa5b1", "#c0392b"
@@ -60,7 +62,7 @@ def letters(images: Images, captions: Sequence[str], title: str, columns: int = 
     return figure
 
 
-def seen(found: Seen, guesses: Mapping[str, float], title: str) -> Figure:
+def seen(found: "Seen", guesses: Mapping[str, float], title: str) -> Figure:
     """The picture with a box around its letter, the letter as a model sees it, and its guesses."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     whole, small, bars = figure.subplots(1, 3, width_ratios=(1.4, 1, 0.9))

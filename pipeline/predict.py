@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlflow.pyfunc
+import mlflow
 import numpy as np
 import requests
 from mlflow.models import Model
 
-from pipeline import cli, plots, quiet, scan, tracking
+from pipeline import cli, plots, scan, tracking
 from pipeline.spec import LETTERS, UserError
 
 OPTIONS: dict[str, cli.Convert] = {"image": cli.text, "model": cli.text, "output": cli.text}
@@ -35,15 +35,12 @@ def predict(model: Any, seen: scan.Seen) -> list[Guess]:
 def load(uri: str) -> Any:
     """The model at this address, in MLflow's terms; one that is not there is a ``UserError``."""
     try:
-        known = Model.load(uri)
-        if known.signature != tracking.SIGNATURE:
+        if Model.load(uri).signature != tracking.SIGNATURE:
             raise UserError(
                 f"model must take letters as {tracking.SIGNATURE.inputs} and give 26 "
                 f"probabilities, but {uri!r} does not: name a model that this project has logged"
             )
-        if "keras" in known.flavors:
-            quiet.import_keras()
-        return mlflow.pyfunc.load_model(uri)
+        return tracking.load_model(uri)
     except (mlflow.MlflowException, OSError, requests.RequestException) as error:
         raise UserError(
             f"model must be the address of a logged model, but {uri!r} gave: "

@@ -16,7 +16,6 @@ import mlflow
 import numpy as np
 from mlflow.entities import Run as RunEntity
 from mlflow.entities.model_registry import ModelVersion
-from scipy.stats import binomtest
 
 from pipeline import champion, cli, evaluate, owner, plots, prep, tracking, verdict
 from pipeline.champion import CHAMPION, NAME, PREVIOUS, Stand
@@ -174,9 +173,9 @@ def _measure(model: dict[str, Any], gate: Part) -> Hits:
         probabilities, latencies = evaluate.answer(path, gate.images)
         model["model_mb"] = tracking.model_mb(path)
     hits: Hits = probabilities.argmax(axis=1) == gate.labels
-    wilson = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, method="wilson")
+    low, high = evaluate.wilson(int(hits.sum()), len(hits))
     model |= latencies | {"gate_accuracy": float(hits.mean())}
-    model |= {"gate_accuracy_low": wilson.low, "gate_accuracy_high": wilson.high}
+    model |= {"gate_accuracy_low": low, "gate_accuracy_high": high}
     return hits
 
 

@@ -34,7 +34,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import Schema, TensorSpec
 from mlflow.utils import requirements_utils
 
-from pipeline import owner, served_letters, views
+from pipeline import owner, quiet, served_letters, views
 from pipeline.bill import charge
 from pipeline.spec import LETTERS, SIDE, Dataset, Fitted, Images, UserError
 
@@ -418,6 +418,13 @@ def latest_sweeps(client: mlflow.MlflowClient, digest: str) -> dict[str, RunEnti
             "run `mlflow run . -e sweep -P model=knn`"
         )
     return {run.data.tags["model"]: run for run in reversed(runs)}
+
+
+def load_model(model_uri: str) -> Any:
+    """A logged model as MLflow's pyfunc: letters (n, 28, 28) in, probabilities (n, 26) out."""
+    if "keras" in Model.load(model_uri).flavors:
+        quiet.import_keras()
+    return mlflow.pyfunc.load_model(model_uri)
 
 
 def model_mb(model_uri: str) -> float:

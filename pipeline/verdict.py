@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binomtest
 
+from pipeline.findings import mcnemar
 from pipeline.tracking import markdown
 
 ALPHA = 0.05  # a gain that chance gives more often than this is none
@@ -48,8 +48,8 @@ def paired_test(challenger: Hits, champion: Hits) -> dict[str, float]:
     shares = np.array([won, lost, n - won - lost]) / n
     draws = np.random.default_rng(0).multinomial(n, shares, N_RESAMPLES)  # (10000, 3)
     low, high = np.percentile((draws[:, 0] - draws[:, 1]) / n, [2.5, 97.5])
-    p_value = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
-    figures = (n, won, lost, (won - lost) / n, float(low), float(high), p_value)
+    gain = (won - lost) / n
+    figures = (n, won, lost, gain, float(low), float(high), mcnemar(won, lost))
     return dict(zip(TESTED, figures, strict=True))
 
 
@@ -134,8 +134,9 @@ def page(evidence: Figures) -> str:
 
 
 def _rules(evidence: Figures) -> str:
-    rows = [[one["rule"], one["found"], "yes" if one["passed"] else "NO"] for one in
-            evidence["checks"]]  # fmt: skip
+    rows = [
+        [one["rule"], one["found"], "yes" if one["passed"] else "NO"] for one in evidence["checks"]
+    ]
     return markdown(["rule", "found", "kept"], rows) if rows else ""
 
 

@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
             step("sweep", model=name, **options | ({} if known else {"precision": precision.AUTO}))
         comparison = step("compare", dataset_digest="latest", data_dir=data_dir)
         promotion = run.client.get_run(step("promote", run_id="best", data_dir=data_dir))
-        table = run.client.get_run(comparison).data.tags["mlflow.note.content"]
+        table = run.client.get_run(comparison).data.tags[tracking.NOTE]
         decision = f"{promotion.data.tags['decision']}: {promotion.data.tags['sentence']}"
         run.describe(f"{table}\n\n{decision}")
     print(f"\n{table}\n\n{decision}\n{tracking.ui_hint(run.experiment_id)}")
