@@ -55,4 +55,5 @@ COMPILE = $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3
 	--generate-hashes --no-annotate --no-emit-index-url --custom-compile-command "make lock"
 lock: venv
 	$(COMPILE) pyproject.toml --output-file requirements.txt
+	$(COMPILE) --group cluster --constraints requirements.txt --output-file sweeps/requirements.txt
 	$(COMPILE) --group dev --constraints requirements.txt --output-file tests/requirements.txt
