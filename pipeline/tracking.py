@@ -150,6 +150,10 @@ class Run:
     def text(self, name: str, text: str) -> None:
         self.client.log_text(self.id, text, name)
 
+    @charge("tracking")
+    def file(self, path: Path, folder: str) -> None:
+        self.client.log_artifact(self.id, str(path), folder)
+
     def use_dataset(self, data: Dataset, part: str | None = None) -> None:
         """Record the data set as the run's input, with the digest of all its content."""
         self.input(data, part)

@@ -16,7 +16,7 @@ from pipeline.spec import UserError
 RESERVE_CPU_SECONDS = 4.0
 # No trial gets more than this share, so that even a small budget sees several trials.
 GRANT_SHARE = 0.25
-# What a trial may have spent between its last beat and its death.
+# What a trial may have spent between its last beat and its death, on this machine.
 UNSEEN_CPU_SECONDS = 1.0
 
 Bill = Mapping[str, float]  # CPU-seconds by cause
@@ -51,11 +51,19 @@ class Ledger:
     a debit counts as ``lost``, at its last beat or in full.
     """
 
-    def __init__(self, path: Path, cpu_seconds: float, key: str, run_id: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        cpu_seconds: float,
+        key: str,
+        run_id: str,
+        unseen: float = UNSEEN_CPU_SECONDS,
+    ) -> None:
         """Open the ledger at ``path`` for the command ``key`` and a run.
 
         Adds ``cpu_seconds`` to the budget, unless the same command has done so and not ended yet:
-        then its budget is what is left of it.
+        then its budget is what is left of it. ``unseen`` CPU-seconds are what a trial may spend
+        after its last beat, should this driver die.
 
         Raises:
             Busy: another process has it open.
@@ -77,7 +85,8 @@ class Ledger:
         self.searched = again and last is not None and last.searched
         self.granted: dict[int, float] = {}  # trial: CPU-seconds; of trials that run now
         self.debited: Bill = {}  # since this was opened
-        self._write({"kind": "open", "key": key, "run_id": run_id, "total": self.total})
+        record = {"kind": "open", "key": key, "run_id": run_id, "total": self.total}
+        self._write(record | {"unseen": unseen})
         if self.searched:
             self._write({"kind": "searched", "own": {}})
 
@@ -147,14 +156,16 @@ def _read(text: str) -> tuple[float, Bill, Opening | None]:
     own: Bill = {}
     open_grants: dict[int, float] = {}
     beats: dict[int, float] = {}
+    unseen = 0.0
     for line in text.splitlines():
         try:
             record = json.loads(line)
         except ValueError:  # torn by a power cut
             continue
         if record["kind"] == "open":
-            past = added(past, own, _unpaid(open_grants, beats))
+            past = added(past, own, _unpaid(open_grants, beats, unseen))
             total, own, open_grants, beats = record["total"], {}, {}, {}
+            unseen = record.get("unseen", UNSEEN_CPU_SECONDS)
             opening = Opening(record["key"], record["run_id"])
         elif record["kind"] == "grant":
             open_grants[record["trial"]] = record["cpu_seconds"]
@@ -168,13 +179,13 @@ def _read(text: str) -> tuple[float, Bill, Opening | None]:
                 opening = opening._replace(ended=True)
             elif record["kind"] == "searched" and opening:
                 opening = opening._replace(searched=True)
-    return total, added(past, own, _unpaid(open_grants, beats)), opening
+    return total, added(past, own, _unpaid(open_grants, beats, unseen)), opening
 
 
-def _unpaid(grants: dict[int, float], beats: dict[int, float]) -> Bill:
+def _unpaid(grants: dict[int, float], beats: dict[int, float], unseen: float) -> Bill:
     """What trials without a debit have spent: what their last beats say, and a little more."""
     spent = [
-        min(grant, beats[trial] + UNSEEN_CPU_SECONDS) if trial in beats else grant
+        min(grant, beats[trial] + unseen) if trial in beats else grant
         for trial, grant in grants.items()
     ]
     return {"lost": sum(spent)} if spent else {}

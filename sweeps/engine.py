@@ -4,21 +4,23 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import mlflow
 import optuna
 from mlflow.entities import Run as RunEntity
 from optuna.trial import TrialState
 
 from pipeline import models, precision, registry, tracking
 from pipeline.bill import METER, added, charge, completed, metrics
-from pipeline.spec import Dataset, Params
+from pipeline.spec import Dataset, Params, UserError
 from pipeline.train import found
 from sweeps import processes, search
 from sweeps.budget import RESERVE_CPU_SECONDS, Ledger, own_cpu_seconds
+from sweeps.cluster import Cluster
 from sweeps.nursery import Message, Nursery
-from sweeps.phases import Phases, Proposal
-from sweeps.trial import STATUS, Outcome, Referee, description
+from sweeps.phases import RETRY_OF, Phases, Proposal
+from sweeps.trial import REFUSED, STATUS, Outcome, Referee, description
 
 MAX_FAILURES = 3  # a sweep whose first trials all fail has one cause
 LOGGING_CPU_SECONDS = 2.0  # after a trial's last step, before one has shown what it takes
@@ -36,6 +38,7 @@ LOGGING_PRELOAD = (
     "alembic.command",
     "sqlalchemy.dialects.sqlite",
 )
+LOCAL = "local"
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 Show = Callable[[Outcome], None]
@@ -45,9 +48,11 @@ class Task(NamedTuple):
     """What a sweep is to do.
 
     Attributes:
-        workers: trials side by side.
+        workers: trials side by side; 0 as many as the cluster has room for.
         launched: by ``mlflow run``; then the sweep ends where that process ends.
         precision: of the fits, or auto.
+        scheduler: of the Dask cluster that has the trials; ``LOCAL`` is this machine.
+        letters: where a cluster's workers find the data set.
     """
 
     model: str
@@ -56,11 +61,14 @@ class Task(NamedTuple):
     workers: int
     launched: bool
     precision: str = precision.AUTO
+    scheduler: str = LOCAL
+    letters: Mapping[str, Any] | None = None
 
 
 class _Live(NamedTuple):
     run: tracking.Run
     referee: Referee
+    grant: float
 
 
 class Engine:
@@ -76,7 +84,7 @@ class Engine:
         self.outcomes = search.past_outcomes(study)
         self.phases: Phases | None = None
         self.live: dict[int, _Live] = {}
-        self.nursery: Nursery | None = None
+        self.nursery: Nursery | Cluster | None = None
         self.imported = 0.0  # CPU-seconds that the nurseries before this one took to load
         self.lost = 0.0  # CPU-seconds of trials whose nursery died before it could bill them
         self.buried: set[int] = set()  # trials that died with their nursery
@@ -171,11 +179,13 @@ class Engine:
 
     def _fill(self) -> None:
         """Start trials while there are workers and the budget can pay for them."""
-        while len(self.live) < self.task.workers and (left := self.left()) > 0:
+        while (left := self.left()) > 0:
             if self.nursery is None:
                 if self.price() > left:
                     return
-                self.nursery = Nursery("sweeps.trial:body", preload(self.member))
+                self.nursery = self._open()
+            if len(self.live) >= (self.task.workers or self.nursery.capacity()):
+                return
             if self.phases is None:
                 self.phases = self._phases()
                 continue  # finding the precision has cost something
@@ -184,6 +194,12 @@ class Engine:
             if proposal is None:
                 return
             self._start(proposal)
+
+    def _open(self) -> Nursery | Cluster:
+        """Where trials run: a nursery of this process, or a cluster."""
+        if self.task.scheduler == LOCAL:
+            return Nursery("sweeps.trial:body", preload(self.member))
+        return Cluster(self.task.scheduler, "sweeps.trial:body", preload(self.member))
 
     def _phases(self) -> Phases:
         """The phases of this sweep, whose fits all have one precision."""
@@ -218,8 +234,10 @@ class Engine:
         number = trial.number
         self.ledger.grant(number, grant)
         child = self._create(number)
-        self.live[number] = _Live(child, Referee(trial, grant, self.logging()))
-        child.write(params=self._params(trial), tags={"phase": proposal.phase})
+        self.live[number] = _Live(child, Referee(trial, grant, self.logging()), grant)
+        again = trial.user_attrs.get(RETRY_OF)
+        tags = {} if again is None else {RETRY_OF: again}
+        child.write(params=self._params(trial), tags={"phase": proposal.phase} | tags)
         child.input(self.task.data, "train")
         spec = {
             "model": self.task.model,
@@ -228,7 +246,10 @@ class Engine:
             "seed": proposal.seed,
             "run_id": child.id,
             "experiment_id": child.experiment_id,
+            "tracking_uri": mlflow.get_tracking_uri(),
         }
+        if self.task.letters is not None:
+            spec["letters"] = dict(self.task.letters)
         self.nursery.start(number, spec, grant)
         self._beat()
 
@@ -266,7 +287,7 @@ class Engine:
     def _end(self, event: Message) -> None:
         """Book a trial's bill, tell Optuna, close its child run."""
         number = event["trial"]
-        run, referee = self.live.pop(number)
+        run, referee, grant = self.live.pop(number)
         outcome = referee.outcome(run.id, event)
         self.ledger.debit(number, outcome.bill)
         outcome = outcome._replace(spent=self.bill())
@@ -276,11 +297,17 @@ class Engine:
         if traceback := end.get("traceback"):
             run.text("traceback.txt", traceback)
         costs = {"peak_rss_mb": event["peak_rss_mb"]} | end.get("costs", {})
-        self._close(run, outcome, referee.curve, costs)
+        self._close(run, outcome, referee.curve, costs, event.get("worker"))
         # Best and bill so far, by trial: the last values are the sweep's own.
         progress = {"val_accuracy": best(self.outcomes)} | metrics(outcome.spent)
         self.run.metrics(progress, len(self.outcomes) - 1)
         self.show(outcome)
+        if "lost" in event:
+            self.buried.add(number)
+            if self.phases and not self.interrupted:
+                self.phases.retry(number, grant)
+        if outcome.failure == REFUSED:
+            raise UserError(str(outcome.error))
 
     def _close(
         self,
@@ -288,9 +315,11 @@ class Engine:
         outcome: Outcome,
         curve: Sequence[tracking.Point],
         costs: Mapping[str, float],
+        worker: str | None = None,
     ) -> None:
-        """Log how a trial ended, and close its run."""
+        """Log how a trial ended, and close its run; ``worker`` is where it ran, in a cluster."""
         texts = {
+            "worker": worker,
             "state": outcome.state,
             "failure": outcome.failure,
             "error": outcome.error,
@@ -324,13 +353,11 @@ class Engine:
         """The nursery is dead, and its trials with it: bill them by their last beat."""
         assert self.nursery is not None
         nursery, self.nursery = self.nursery, None
-        spent = dict(nursery.live)
         nursery.close()
         self.imported += nursery.imported
-        self.lost += sum(spent.values())
-        self.buried |= set(self.live)
+        self.lost += sum(nursery.live.values()) + nursery.elsewhere()
         for number in list(self.live):
-            self._end(_killed(number, spent.get(number, 0.0)))
+            self._end(_killed(number, nursery.live.get(number, 0.0)))
 
     def _stop(self) -> None:
         """End the nursery, and book what still runs as killed."""
@@ -402,6 +429,7 @@ def _killed(number: int, cpu_seconds: float) -> Message:
         "peak_rss_mb": 0.0,
         "signal": 0,
         "over_budget": False,
+        "lost": "the process ended with the one that had forked it",
     }
 
 

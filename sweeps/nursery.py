@@ -54,13 +54,23 @@ class OverBudget(BaseException):
 class Nursery:
     """The driver's handle: starts the process, sends it trials, yields what comes of them."""
 
-    def __init__(self, body: str, preload: Sequence[str]) -> None:
+    def __init__(
+        self,
+        body: str,
+        preload: Sequence[str],
+        silence: float = math.inf,
+        idle: float = math.inf,
+    ) -> None:
         """``body`` is ``module:function``; ``preload`` are modules imported once, before forks.
 
         So is the module of ``body``; where it has a function ``prepare``, that is called then.
+        A nursery that does not ``hear`` of its driver ends after ``silence`` seconds where it has a
+        trial, and after ``idle`` where it has none.
         """
         ours, theirs = socketpair()
-        command = [sys.executable, "-m", "sweeps.nursery", str(theirs.fileno()), body, *preload]
+        limits = f"{silence}:{idle}"
+        words = ["-m", "sweeps.nursery", str(theirs.fileno()), limits, body, *preload]
+        command = [sys.executable, *words]
         self.process = subprocess.Popen(
             command,
             pass_fds=[theirs.fileno()],
@@ -80,6 +90,10 @@ class Nursery:
     def answer(self, trial: int, answer: Message) -> None:
         """Answer a trial's message."""
         _send(self._connection, {"trial": trial, "answer": answer})
+
+    def hear(self) -> None:
+        """Tell the nursery that its driver lives."""
+        _send(self._connection, {})
 
     def events(self, timeout: float) -> Iterator[Message]:
         """What has come of the trials; waits up to ``timeout`` seconds for the first.
@@ -109,6 +123,14 @@ class Nursery:
         """What the nursery itself and its ended trials have spent so far."""
         return processes.cpu_seconds(self.process.pid)
 
+    def capacity(self) -> int:
+        """Trials that this machine can have side by side."""
+        return processes.usable_cores()
+
+    def elsewhere(self) -> float:
+        """CPU-seconds that the kernel does not charge to this process in the end: none."""
+        return 0.0
+
     def close(self) -> None:
         """End the nursery and every trial; then the kernel has the driver's whole bill."""
         self._connection.close()
@@ -135,11 +157,13 @@ class _Trial:
     family: set[int] = field(default_factory=set)
 
 
-def serve(driver: Connection, body: Body) -> None:
-    """Fork trials and watch over them until the driver hangs up or dies."""
+def serve(
+    driver: Connection, body: Body, silence: float = math.inf, idle: float = math.inf
+) -> None:
+    """Fork trials and watch over them until the driver hangs up, dies or is silent for too long."""
     trials: dict[int, _Trial] = {}
-    told, imported = 0.0, time.process_time()
-    while True:
+    told, imported, heard = 0.0, time.process_time(), time.monotonic()
+    while time.monotonic() - heard < (silence if trials else idle):
         connections = [trial.connection for trial in trials.values() if trial.connection]
         ending = len(connections) < len(trials)  # one has hung up: its bill comes in a moment
         ready = wait([driver, *connections], 0.01 if ending else POLL_SECONDS)
@@ -150,12 +174,11 @@ def serve(driver: Connection, body: Body) -> None:
             try:
                 order = _receive(driver)
             except (EOFError, OSError):
-                for trial in trials.values():
-                    processes.kill_tree(trial.pid)
-                return
+                break
+            heard = time.monotonic()
             if "spec" in order:
                 trials[order["trial"]] = _fork(driver, trials, body, order)
-            else:
+            elif "answer" in order:
                 _answer(trials.get(order["trial"]), order["answer"])
         _adopt(trials)
         for trial in list(trials.values()):
@@ -166,6 +189,8 @@ def serve(driver: Connection, body: Body) -> None:
             told = time.monotonic()
             live = {trial.number: trial.spent for trial in trials.values()}
             _send(driver, {"live": live, "imported": imported})
+    for trial in trials.values():
+        processes.kill_tree(trial.pid)
 
 
 def _fork(driver: Connection, trials: Mapping[int, _Trial], body: Body, order: Message) -> _Trial:
@@ -316,7 +341,8 @@ def _receive(connection: Connection) -> Message:
 
 
 def main(argv: Sequence[str]) -> None:
-    descriptor, body, *preload = argv
+    descriptor, limits, body, *preload = argv
+    silence, idle = map(float, limits.split(":"))
     processes.die_with_parent(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     driver = Connection(int(descriptor))
@@ -327,7 +353,7 @@ def main(argv: Sequence[str]) -> None:
     getattr(trial, "prepare", lambda: None)()
     processes.adopt_orphans()
     gc.freeze()  # so that collections in trials do not copy the pages that they share
-    serve(driver, getattr(trial, function))
+    serve(driver, getattr(trial, function), silence, idle)
 
 
 if __name__ == "__main__":

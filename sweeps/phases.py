@@ -7,7 +7,7 @@ For any other model TPE proposes, and successive halving stops, until the budget
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ MARGIN = 0.9  # of a grant that is planned with: CPU-seconds vary with what else
 LENGTH = 2.5  # whole fits are sqrt(steps that the budget pays for) / LENGTH; the rest is theirs
 MAX_CONFIRMING = 2  # further seeds of the winner
 FEWEST_STEPS = 3  # of a racing trial, if any of the screen can do so many
+RETRY_OF = "retry_of"  # user attribute: the trial whose worker has died
 N_SAFE = 2  # racing trials that keep the late hyperparameters of the screen
 
 Trial = optuna.trial.FrozenTrial
@@ -85,12 +86,21 @@ class Phases:
         self.study, self.member, self.seed, self.total = study, member, seed, cpu_seconds
         self.outcomes, self.everywhere = outcomes, everywhere
         self.steps: str | None = getattr(member, "STEPS", None)
+        self.lost: list[tuple[Trial, float]] = []
+
+    def retry(self, number: int, grant: float) -> None:
+        """Try a trial once more whose worker has died, unless that was the second time."""
+        trial = self.study.get_trials(deepcopy=False)[number]
+        if RETRY_OF not in trial.user_attrs:
+            self.lost.append((trial, grant))
 
     def next(self, left: float, price: float) -> Proposal | None:
         """The next trial, or None where none can be paid for, or none as long as others run.
 
         ``left`` CPU-seconds are free; a first step takes up to ``price``, with all around it.
         """
+        if self.lost and left > price:
+            return self._again(*self.lost.pop(0), left)
         if self.steps is None:
             return self._screen("search", left) if left > price else None
         begun = self._begun("screen")
@@ -102,8 +112,14 @@ class Phases:
 
     # ---- the phases
 
+    def _again(self, trial: Trial, grant: float, left: float) -> Proposal:
+        notes = trial.user_attrs
+        again = {RETRY_OF: trial.number}
+        return self._propose(trial.params, notes["phase"], notes["seed"], min(left, grant), again)
+
     def _screen(self, phase: str, left: float) -> Proposal:
-        n_begun = len(self._begun(phase, every_round=True))
+        begun = self._begun(phase, every_round=True)
+        n_begun = sum(RETRY_OF not in trial.user_attrs for trial in begun)
         fixed = search.screened(self.member, n_begun) | self.everywhere
         grant = min(left, GRANT_SHARE * self.total)
         screened = [one.cpu_seconds for one in self._screened()]
@@ -151,10 +167,18 @@ class Phases:
                 del fixed[name]
         return self._propose(fixed, "race", self.seed, grant)
 
-    def _propose(self, fixed: Params, phase: str, seed: int, grant: float) -> Proposal:
+    def _propose(
+        self,
+        fixed: Params,
+        phase: str,
+        seed: int,
+        grant: float,
+        notes: Mapping[str, int] | None = None,
+    ) -> Proposal:
         trial = search.ask(self.study, self.member.PARAMS, fixed)
         # The phase last: without it a trial counts for nothing, should the driver die here.
-        for name, value in {"round": self.total, "seed": seed, "phase": phase}.items():
+        attributes = {**(notes or {}), "round": self.total, "seed": seed, "phase": phase}
+        for name, value in attributes.items():
             trial.set_user_attr(name, value)
         return Proposal(trial, phase, seed, grant)
 
@@ -171,10 +195,13 @@ class Phases:
         ]
 
     def _n_hopeless(self) -> int:
-        """Racing trials of this budget that failed by themselves: to try them again would too."""
-        failed = {one.number for one in self.outcomes if one.failure not in (None, "killed")}
+        """Racing trials of this budget that failed by themselves: to try them again would too.
+
+        So does one whose worker has died twice.
+        """
+        failures = {one.number: one.failure for one in self.outcomes if one.failure}
         return sum(
-            trial.number in failed
+            (failures.get(trial.number, "killed") != "killed" or _lost_twice(trial))
             and trial.user_attrs.get("phase") == "race"
             and trial.user_attrs.get("round") == self.total
             for trial in self.study.get_trials(deepcopy=False)
@@ -232,6 +259,10 @@ class Phases:
         numbers = {trial.number for trial in self._begun("race")}
         racing = [one for one in self.outcomes if one.number in numbers and one.model_uri]
         return max(racing, key=lambda one: one.val_accuracy or 0.0, default=None)
+
+
+def _lost_twice(trial: Trial) -> bool:
+    return RETRY_OF in trial.user_attrs and trial.state == TrialState.FAIL
 
 
 def _step(screened: Outcome) -> float:

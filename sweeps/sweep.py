@@ -5,6 +5,7 @@ mlflow run . -e sweep -P model=lstm -P cpu_minutes=10
 
 import hashlib
 import os
+import re
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
@@ -17,20 +18,33 @@ import pandas as pd
 from mlflow.entities import Run as RunEntity
 from tqdm import tqdm
 
-from pipeline import cli, models, plots, precision, prep, registry, tracking
+from pipeline import cli, models, plots, precision, prep, registry, shared, tracking
 from pipeline.bill import METER, OVERHEAD, charge, metrics
 from pipeline.spec import Dataset, UserError
 from pipeline.train import OPTIONS as TRAIN_OPTIONS
 from pipeline.train import found
 from sweeps import plan as plans
 from sweeps import processes, search
-from sweeps.budget import Busy, Ledger, last_opening
-from sweeps.engine import Engine, Task
+from sweeps.budget import UNSEEN_CPU_SECONDS, Busy, Ledger, last_opening
+from sweeps.cluster import SILENT_CPU_SECONDS
+from sweeps.engine import LOCAL, Engine, Task
 from sweeps.trial import Outcome
+
+
+def scheduler(name: str, value: str) -> str:
+    """``local``, or the address of a Dask scheduler, such as tcp://host:8786."""
+    if value != LOCAL and not re.fullmatch(r"(tcp|tls|ws|wss|ucx)://[^/@\s]+:\d+", value):
+        raise UserError(
+            f"{name} must be 'local' or the address of a Dask scheduler, but {value!r} came: "
+            f"pass -P {name}=tcp://HOST:8786, which `dask scheduler` prints, or leave it out"
+        )
+    return value
+
 
 OPTIONS: dict[str, cli.Convert] = TRAIN_OPTIONS | {
     "cpu_minutes": cli.positive,
     "workers": cli.workers,
+    "scheduler": scheduler,
     "study": cli.text,
     "plan": cli.flag,
 }
@@ -212,14 +226,24 @@ def named(client: mlflow.MlflowClient, folder: Path, model: str, data: Dataset) 
 def main(argv: Sequence[str]) -> None:
     options = cli.parse_all("sweep", argv, OPTIONS)
     model, seed, workers = (options.pop(name) for name in ("model", "seed", "workers"))
-    study, plan = options.pop("study"), options.pop("plan")
+    study, plan, address = (options.pop(name) for name in ("study", "plan", "scheduler"))
+    if plan and address != LOCAL:
+        raise UserError(
+            f"a plan is timed on this machine, but scheduler={address} came: leave scheduler out"
+        )
     budget, wanted = 60 * options.pop("cpu_minutes"), options.pop("precision")
     precision.check(wanted, model, registry.load(models, model).PARAMS)
     launched = "MLFLOW_RUN_ID" in os.environ
     client = tracking.connect()
     with charge("data"):
         data = prep.ensure(**options)
-    task = Task(model, data, seed, workers or processes.usable_cores(), launched, wanted)
+    if address == LOCAL:
+        workers = workers or processes.usable_cores()
+        task, unseen = Task(model, data, seed, workers, launched, wanted), UNSEEN_CPU_SECONDS
+    else:
+        letters = shared.publish(client, data)
+        task = Task(model, data, seed, workers, launched, wanted, address, letters)
+        unseen = SILENT_CPU_SECONDS
     if plan:
         write_plan(task, budget)
         return
@@ -234,26 +258,26 @@ def main(argv: Sequence[str]) -> None:
         with tracking.start("resume") as run:
             run.name(f"{model} sweep, continued")
             run.tags({"model": model, "continues": again.info.run_id})
+
+    def opened(folder: Path, run_id: str) -> Ledger:
+        return Ledger(folder / "ledger.jsonl", budget, key, run_id, unseen)
+
     with ExitStack() as stack:
         # The ledger comes first where it is there: it says whether another process was faster.
         folder = before.folder if before else None
         if folder and again:
-            ledger = stack.enter_context(_ledger(folder, budget, key, again.info.run_id))
+            ledger = stack.enter_context(closing(opened(folder, again.info.run_id)))
         run = stack.enter_context(tracking.start("sweep", again=again))
         folder = folder or studies / f"{model}-{run.id[:8]}"
         if again:
             print(f"{model}: continuing the sweep that was interrupted, run {run.id}")
         else:
-            ledger = stack.enter_context(_ledger(folder, budget, key, run.id))
+            ledger = stack.enter_context(closing(opened(folder, run.id)))
             run.name(f"{model} sweep")
             run.tags({"model": model, "study": folder.name})
             run.tags({"continues": before.run.info.run_id} if before else {})
             run.use_dataset(data, "train")
         sweep(run, ledger, folder, task)
-
-
-def _ledger(folder: Path, budget: float, key: str, run_id: str) -> closing[Ledger]:
-    return closing(Ledger(folder / "ledger.jsonl", budget, key, run_id))
 
 
 def write_plan(task: Task, budget: float) -> None:

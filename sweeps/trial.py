@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import mlflow
 import optuna
 
-from pipeline import precision, tracking
+from pipeline import precision, shared, tracking
 from pipeline.bill import METER, charge, completed
-from pipeline.spec import Dataset, Param
+from pipeline.spec import Dataset, Param, UserError
 from pipeline.train import train
 from sweeps.nursery import Message
+
+REFUSED = "refused"  # the failure of a trial that was given what it must not use
 
 # How a trial ended: the status of its child run.
 STATUS = {
@@ -24,7 +26,7 @@ STATUS = {
 }
 
 _DEATHS = {  # by signal
-    0: "the process ended with the one that had forked it",
+    0: "the process ended without a word",
     9: "the process ended by signal 9, as the kernel does where memory runs out",
 }
 
@@ -41,7 +43,7 @@ class Outcome(NamedTuple):
         logging_cpu_seconds: what came after the last report: storing the model, mostly.
         spent: CPU-seconds of the whole sweep, by cause, when the trial had ended.
         model_uri: of the logged model; None where the trial did not get so far.
-        failure: out_of_memory, nan_loss, killed or error, where it failed or was killed.
+        failure: out_of_memory, nan_loss, refused, killed or error, where it failed or was killed.
         found: hyperparameters that were left to the fit.
     """
 
@@ -107,9 +109,16 @@ def body(spec: Message, call: Callable[[Message], Message]) -> Message:
         spent = {"cpu_seconds": time.process_time(), "bill": METER.seconds()}  # since the fork
         return bool(call({"step": step, "val_accuracy": val_accuracy, **spent})["stop"])
 
+    mlflow.set_tracking_uri(spec["tracking_uri"])
     run = tracking.Run(mlflow.MlflowClient(), spec["run_id"], spec["experiment_id"])
-    with charge("data"):
-        data = Dataset.open(Path(spec["root"]))
+    if "letters" in spec:  # on another machine
+        try:
+            data = shared.fetch(spec["letters"])
+        except UserError as error:
+            return {"failure": REFUSED, "error": str(error)}
+    else:
+        with charge("data"):
+            data = Dataset.open(Path(spec["root"]))
     trained = train(run, spec["model"], spec["params"], data, spec["seed"], report)
     return trained._asdict() | {"bill": METER.seconds()}
 
@@ -155,7 +164,8 @@ class Referee:
             state = "failed"
         elif not end:
             state, failure = "killed", "killed"
-            error = _DEATHS.get(event["signal"], f"the process ended by signal {event['signal']}")
+            died = f"the process ended by signal {event['signal']}"
+            error = event.get("lost") or _DEATHS.get(event["signal"], died)
         elif end["whole"]:  # then a verdict on a next step is moot
             state = "complete"
         total = event["cpu_seconds"]
