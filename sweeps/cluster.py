@@ -166,7 +166,9 @@ class Cluster:
             self.good &= set(self.threads)
             self.refused = {w: why for w, why in self.refused.items() if w in self.threads}
             for worker in set(self.threads) - self.good - set(self.refused) - set(self.checks):
-                ask = self.senders.submit(self.client.run, host.facts, workers=[worker])
+                ask = self.senders.submit(
+                    self.client.run, host.enlist, self.sweep, workers=[worker]
+                )
                 self.checks[worker] = ask
         for worker, ask in list(self.checks.items()):
             if ask.done():
@@ -212,7 +214,7 @@ class Cluster:
         """Tell the workers that this driver lives, as long as it does."""
         pending: dict[str, Future[Any]] = {}
         while not self.closed.wait(HEAR_SECONDS):
-            for worker in {one.worker for one in list(self.attempts.values()) if one.token}:
+            for worker in list(self.good):
                 if worker not in pending or pending[worker].done():
                     pending[worker] = self.senders.submit(
                         self.client.run,

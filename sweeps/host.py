@@ -34,6 +34,14 @@ _mine = threading.local()  # of each thread: its nursery, and when it was used l
 # ---- called by the driver, in the worker's event loop
 
 
+def enlist(sweep: str) -> dict[str, str]:
+    """From here on this worker is a sweep's, and what it spends too; its facts."""
+    if not _served():
+        _Meter.restart()
+    hear(sweep)
+    return facts()
+
+
 def facts() -> dict[str, str]:
     """What must be the same in driver and workers: Python, packages, this project's code."""
     found = {"Python": ".".join(platform.python_version_tuple()[:2])}
@@ -52,6 +60,11 @@ def deliver(attempt: str, message: Message) -> None:
     """Hand on what the driver has to say to an attempt; nothing where that has ended."""
     if inbox := _inboxes.get(attempt):
         inbox.put(message)
+
+
+def _served() -> bool:
+    """Whether this worker is some sweep's."""
+    return any(time.monotonic() - when < SILENCE_SECONDS for when in _heard.values())
 
 
 def hear(sweep: str) -> None:
@@ -75,15 +88,13 @@ def host(sweep: str, order: Message) -> None:
     say = partial(_say, get_worker().log_event, sweep, named)
     _inboxes[attempt] = inbox
     hear(sweep)
-    meter = _Meter()
     try:
         say({"asks": True})
         with suppress(queue.Empty):
             if inbox.get(timeout=SILENCE_SECONDS).get("go"):
-                _watch(sweep, order, inbox, say, meter)
+                _watch(sweep, order, inbox, say)
     finally:
         del _inboxes[attempt]
-        meter.close()
 
 
 def _say(log: Callable[[str, Message], None], sweep: str, named: Message, message: Message) -> None:
@@ -95,11 +106,10 @@ def _watch(
     order: Message,
     inbox: "queue.SimpleQueue[Message]",
     say: Callable[[Message], None],
-    meter: "_Meter",
 ) -> None:
     """Relay between the driver and a trial until that has ended, or the driver ends or is gone."""
     nursery, number = _nursery(order["body"], order["preload"]), order["trial"]
-    meter.watch(nursery)
+    meter = _Meter(nursery)
     nursery.start(number, order["spec"], order["grant"])
     waiting, beaten = False, 0.0
     try:
@@ -142,30 +152,24 @@ def _nursery(body: str, preload: Sequence[str]) -> Nursery:
 
 
 class _Meter:
-    """CPU-seconds of an attempt beside its trial: the nursery's, and this worker's meanwhile.
+    """CPU-seconds of an attempt beside its trial: the nursery's, and this worker's.
 
-    Attempts side by side in one worker share what it spends: who looks first is charged.
+    Attempts side by side in one worker share what it spends, and what it has spent since the last
+    one before them: who looks first is charged.
     """
 
     _lock = threading.Lock()
-    _n_open = 0
     _claimed = 0.0  # of this process: what is charged already, or was spent before
 
-    def __init__(self) -> None:
-        self.spent, self.before, self.imported_before = 0.0, 0.0, 0.0
-        self.nursery: Nursery | None = None
-        with self._lock:
-            if _Meter._n_open == 0:
-                _Meter._claimed = time.process_time()
-            _Meter._n_open += 1
+    @classmethod
+    def restart(cls) -> None:
+        """What was spent up to here is no sweep's."""
+        with cls._lock:
+            cls._claimed = time.process_time()
 
-    def close(self) -> None:
-        with self._lock:
-            _Meter._n_open -= 1
-
-    def watch(self, nursery: Nursery) -> None:
+    def __init__(self, nursery: Nursery) -> None:
         """Count a nursery from here on; a new one from its beginning."""
-        self.nursery = nursery
+        self.spent, self.nursery = 0.0, nursery
         self.before, self.imported_before = nursery.cpu_seconds(), nursery.imported
 
     def bill(self, trial: float) -> dict[str, Any]:
@@ -174,7 +178,6 @@ class _Meter:
             now = time.process_time()
             self.spent += now - _Meter._claimed
             _Meter._claimed = now
-        assert self.nursery is not None
         own = self.nursery.cpu_seconds() - self.before - trial
         imported = min(self.nursery.imported - self.imported_before, own)
         return {"import": imported, "engine": self.spent + own - imported}

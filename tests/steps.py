@@ -57,6 +57,7 @@ SWEEP = {
     "seed": 0,
     "cpu_minutes": 4,
     "workers": 2,
+    "scheduler": "local",
     "precision": "auto",
     "study": "auto",
     "plan": "false",

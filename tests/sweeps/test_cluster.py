@@ -1,0 +1,361 @@
+"""Trials on a real Dask cluster of processes on this machine, at a real MLflow server."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from servers import Server
+from steps import SWEEP, alive, arguments, runs, toy, wait
+from stores import N_TRAIN, ROOT, members, open_store
+
+from pipeline import models, prep, shared
+from pipeline.spec import UserError
+from sweeps import cluster, host, sweep
+from sweeps.budget import Ledger
+from sweeps.sweep import scheduler
+
+Workers = pytest.importorskip(
+    "benchmarks.workers", reason="needs Dask: pip install -r sweeps/requirements.txt"
+).Workers
+
+# Half a CPU-second a step: long enough to be killed in.
+BURN = """end = time.process_time() + 0.5
+        while time.process_time() < end: pass"""
+STEP = """
+import os
+import steps, toys
+from pipeline import cli
+from sweeps import engine, sweep
+engine.Engine.left = steps.left_until(int(os.environ["N_TRIALS"]))
+cli.run(sweep.main)
+"""
+
+
+class Site:
+    """A tracking server, a cluster, and someone who types sweeps."""
+
+    def __init__(self, store: mlflow.MlflowClient, folder: Path, archive: Path) -> None:
+        self.store, self.folder, self.archive = store, folder, archive
+        self.workers: Any = None
+
+    def options(self, model: str = "toy", **more: object) -> list[str]:
+        data = {"dataset": "emnist_letters", "archive": self.archive, "n_train": N_TRAIN}
+        data |= {"data_dir": self.folder / "data"}
+        more = {"scheduler": self.workers.address, "cpu_minutes": 10, "workers": "auto"} | more
+        return arguments(data | SWEEP | {"model": model} | more)
+
+    def type(self, n_trials: int, **more: object) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-c", STEP, *self.options(**more)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"N_TRIALS": str(n_trials)},
+        )
+
+    def sweep(self) -> Any:
+        """The latest finished sweep's run."""
+        return [run for run in runs(self.store, "sweep") if run.info.status == "FINISHED"][-1]
+
+    def trials(self, parent: Any) -> dict[int, Any]:
+        """A sweep's child runs by number; a number twice fails."""
+        study = f"tags.step = 'trial' and tags.study = '{parent.data.tags['study']}'"
+        found = self.store.search_runs(["0"], study)
+        numbers = [int(run.data.tags["trial"]) for run in found]
+        assert sorted(numbers) == list(range(len(numbers)))
+        return dict(sorted(zip(numbers, found, strict=True)))
+
+    def ledger(self, parent: Any, kind: str) -> list[dict[str, Any]]:
+        path = self.folder / "data" / "studies" / parent.data.tags["study"] / "ledger.jsonl"
+        records = map(json.loads, path.read_text().splitlines())
+        return [record for record in records if record["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def site(
+    fresh_store: Path, archive: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    """The server and the scheduler; each test brings workers of its own."""
+    folder = tmp_path_factory.mktemp("site")
+    with pytest.MonkeyPatch.context() as patch, members(folder, patch) as add:
+        store = open_store(fresh_store, folder, patch)
+        add(models, "toy", toy(before=BURN))
+        server = Server(store.tracking_uri, folder)
+        server.start()
+        patch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        mlflow.set_tracking_uri(server.uri)
+        site = Site(mlflow.MlflowClient(server.uri), folder, archive)
+        site.workers = Workers(folder, os.environ)
+        try:
+            yield site
+        finally:
+            site.workers.stop()
+            server.stop()
+            mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture
+def names(site: Site, request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Two workers, ended with the test."""
+    found = [f"{request.node.name}-{i}" for i in range(2)]
+    for name in found:
+        site.workers.add(name)
+    yield found
+    for name in found:
+        site.workers.remove(name)
+
+
+def _end(driver: "subprocess.Popen[str]") -> str:
+    text, _ = driver.communicate(timeout=240)
+    assert driver.returncode == 0, text
+    return text
+
+
+def _spent(driver: "subprocess.Popen[str]", workers: Any) -> float:
+    """Wait for a driver; its CPU-seconds and those of the workers meanwhile, by the kernel."""
+    before, (done, usage) = workers.cpu_seconds(), (0, None)
+    while not done:
+        done, status, usage = os.wait4(driver.pid, os.WNOHANG)
+        workers.cpu_seconds()
+        time.sleep(0.2)
+    driver.returncode = os.waitstatus_to_exitcode(status)
+    return float(workers.cpu_seconds() - before + usage.ru_utime + usage.ru_stime)
+
+
+def _kill_in_a_fit(workers: Any, name: str) -> None:
+    assert wait(lambda: bool(workers.trials(name)), 120)
+    time.sleep(0.7)
+    workers.kill(name)
+
+
+def test_a_killed_worker_s_trial_is_billed_and_tried_once_more(
+    site: Site, names: list[str]
+) -> None:
+    driver = site.type(n_trials=8)
+    killer = threading.Thread(target=_kill_in_a_fit, args=(site.workers, names[0]))
+    killer.start()
+    spent = _spent(driver, site.workers)
+    killer.join()
+    text = _end(driver)
+    parent = site.sweep()
+    trials = site.trials(parent)
+    assert len(trials) == 8
+    killed = [number for number, run in trials.items() if run.data.tags["state"] == "killed"]
+    again = {
+        int(run.data.tags["retry_of"]): run.data
+        for run in trials.values()
+        if "retry_of" in run.data.tags
+    }
+    assert len(killed) == 1, text
+    assert list(again) == killed
+    first, second = trials[killed[0]].data, again[killed[0]]
+    assert trials[killed[0]].info.status == "KILLED"
+    assert "died" in first.tags["error"]
+    assert second.tags["state"] in ("complete", "pruned")
+    assert {"quality", "steps", "seed"} < first.params.keys()
+    assert second.params.items() >= first.params.items()
+    # Every trial has one grant and one debit, whatever became of its worker.
+    for kind in ("grant", "debit"):
+        assert sorted(record["trial"] for record in site.ledger(parent, kind)) == list(trials)
+    # The other worker, and the one that the nanny has started anew.
+    assert len({run.data.tags["worker"] for run in trials.values()}) >= 2
+    # The kernel's account of driver and workers, and the ledger's.
+    billed = parent.data.metrics["cpu_seconds"]
+    assert billed == pytest.approx(spent, rel=0.01, abs=3.0)
+    # Letters are kept on the server once; nobody needs gate or test there.
+    (kept,) = runs(site.store, "publish")
+    files = {item.path for item in site.store.list_artifacts(kept.info.run_id, "letters")}
+    assert files == {f"letters/{name}.npy" for name in shared.ARRAYS}
+
+
+def test_a_worker_that_comes_late_has_trials(site: Site, names: list[str]) -> None:
+    site.workers.remove(names[1])
+    driver = site.type(n_trials=8)
+    assert wait(lambda: bool(site.workers.trials(names[0])), 120)
+    site.workers.add(names[1])
+    _end(driver)
+    trials = site.trials(site.sweep())
+    assert len(trials) == 8
+    assert {run.data.tags["state"] for run in trials.values()} == {"complete"}
+    assert len({run.data.tags["worker"] for run in trials.values()}) == 2
+    site.workers.process(names[1])  # the fixture ends both
+
+
+def test_a_silent_worker_is_given_up_and_ends_its_trial_itself(
+    site: Site, names: list[str]
+) -> None:
+    driver = site.type(n_trials=5)
+    assert wait(lambda: bool(site.workers.trials(names[0])), 120)
+    time.sleep(1.5)  # it has told of itself
+    worker = site.workers.process(names[0])
+    (trial,) = site.workers.trials(names[0])
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        assert wait(lambda: not alive(trial), host.SILENCE_SECONDS + 5)
+        text = _end(driver)
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    parent = site.sweep()
+    trials = site.trials(parent)
+    lost = [run.data.tags for run in trials.values() if run.data.tags["state"] == "killed"]
+    assert len(lost) == 1, text
+    assert "was silent" in lost[0]["error"]
+    debits = {record["trial"]: record for record in site.ledger(parent, "debit")}
+    assert sorted(debits) == list(trials)
+    assert debits[int(lost[0]["trial"])]["cpu_seconds"] > host.SILENCE_SECONDS
+
+
+def test_a_driver_that_dies_leaves_no_trial_and_its_sweep_is_continued(
+    site: Site, names: list[str]
+) -> None:
+    driver = site.type(n_trials=6)
+    assert wait(lambda: bool(site.workers.trials(names[0])), 120)
+    time.sleep(1.0)
+    before = site.workers.cpu_seconds()
+    trial = site.workers.trials(names[0])[0]
+    driver.kill()
+    driver.wait()
+    assert wait(lambda: not alive(trial), host.SILENCE_SECONDS + 5)
+    n_sweeps = len(runs(site.store, "sweep"))
+    text = _end(site.type(n_trials=6))
+    assert "continuing" in text
+    assert len(runs(site.store, "sweep")) == n_sweeps
+    parent = site.sweep()
+    trials = site.trials(parent)
+    assert len(trials) == 6
+    assert parent.data.metrics["cpu_seconds"] > site.workers.cpu_seconds() - before
+
+
+def test_a_worker_with_other_code_is_refused(site: Site, names: list[str], tmp_path: Path) -> None:
+    for name in names:
+        site.workers.remove(name)
+    for package in ("pipeline", "sweeps"):
+        shutil.copytree(ROOT / package, tmp_path / package)
+    with (tmp_path / "sweeps" / "trial.py").open("a") as file:
+        file.write("# another version\n")
+    site.workers.add(names[0], PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT / 'tests'}")
+    site.workers.add(names[1], PYTHONPATH="")  # has no code at all
+    driver = site.type(n_trials=3)
+    text, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 2
+    assert re.search(r"has this project's code \w{12} where the driver has \w{12}", text)
+    assert "No module named 'sweeps'" in text
+    assert "error: every worker must have the driver's Python, packages and code" in text
+
+
+def test_a_cluster_without_workers_or_at_a_wrong_address_is_refused(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "GATHER_SECONDS", 0.5)
+    with pytest.raises(UserError, match=r"needs a worker, but tcp://.* had none"):
+        cluster.Cluster(site.workers.address, "toys:body", [])
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
+    with pytest.raises(UserError, match="scheduler must be 'local' or the address"):
+        cluster.Cluster("tcp://127.0.0.1:9", "toys:body", [])
+    with pytest.raises(UserError, match="a plan is timed on this machine"):
+        sweep.main(site.options("knn", plan="true"))
+
+
+def test_the_option_scheduler_is_checked() -> None:
+    for good in ("local", "tcp://host:8786", "tls://10.0.0.1:8786"):
+        assert scheduler("scheduler", good) == good
+    for bad in ("dask", "host:8786", "tcp://host", "tcp://me:secret@host:8786", ""):
+        with pytest.raises(UserError, match="scheduler must be 'local' or the address"):
+            scheduler("scheduler", bad)
+
+
+# ---- the letters, on the workers
+
+
+@pytest.fixture
+def published(
+    server: Server,
+    data_options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> dict[str, Any]:
+    """Letters on a tracking server, of a driver whose folder is out of reach."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setattr(shared, "user_cache_path", lambda name: tmp_path / "cache" / name)
+    data_options["data_dir"] = str(data_options["data_dir"])
+    data_options["archive"] = str(data_options["archive"])
+    data = prep.prepare(**data_options)
+    client = mlflow.MlflowClient()
+    found = shared.publish(client, data)
+    assert shared.publish(client, data) == found  # not twice
+    return found | {"root": str(tmp_path / "elsewhere")}
+
+
+def test_letters_are_fetched_once_and_checked(
+    published: dict[str, Any], data_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = shared.fetch(published)
+    real = prep.prepare(**data_options)
+    for part in ("train", "val"):
+        assert (data.part(part).images == real.part(part).images).all()
+    assert not list(data.root.glob("gate*")) + list(data.root.glob("test*"))
+    # A cache that has been changed is not used, but fetched anew.
+    path = data.root / "train_images.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert shared.fetch(published).root == data.root
+    assert path.read_bytes() == whole
+    # Then nothing is asked of the server.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert shared.fetch(published).root == data.root
+    assert [item.name for item in data.root.parent.iterdir()] == [data.root.name]
+
+
+def test_letters_that_differ_on_the_server_are_refused(published: dict[str, Any]) -> None:
+    facts = published["facts"]
+    wrong = hashlib.sha256(b"other letters").hexdigest()
+    facts["sha256"] = facts["sha256"] | {"val_labels": wrong}
+    with pytest.raises(UserError, match="must have the digest .* that the driver prepared"):
+        shared.fetch(published)
+
+
+def test_a_cluster_needs_a_tracking_server(
+    store: mlflow.MlflowClient, data_options: dict[str, Any]
+) -> None:
+    options = {name: str(value) for name, value in data_options.items()}
+    options |= {"n_train": data_options["n_train"]}
+    with pytest.raises(UserError, match=r"must reach the tracking server, but .* is 'sqlite:"):
+        shared.publish(store, prep.prepare(**options))
+
+
+def test_what_a_dead_driver_s_cluster_may_have_spent_is_billed(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path, 100.0, "key", "run", unseen=cluster.SILENT_CPU_SECONDS)
+    ledger.grant(0, 50.0)
+    ledger.beat({}, {0: 5.0})
+    ledger.close()
+    again = Ledger(path, 100.0, "key", "run")
+    again.close()
+    assert sum(again.past.values()) == pytest.approx(5.0 + cluster.SILENT_CPU_SECONDS)
+
+
+def test_a_local_sweep_needs_no_dask(tmp_path: Path) -> None:
+    (tmp_path / "distributed.py").write_text("raise ImportError('not here')")
+    code = "import sweeps.sweep, sys; assert 'distributed' not in sys.modules"
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": path})
+    code = "from sweeps.cluster import Cluster; Cluster('tcp://127.0.0.1:9', 'x:y', [])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert "needs Dask, which is not installed: pip install" in done.stderr
