@@ -10,13 +10,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from pipeline import cli, datasets, plots, registry, tracking
-from pipeline.spec import LETTERS, PARTS, Dataset, Part, Source, UserError
+from pipeline import cli, datasets, disk, plots, registry, tracking
+from pipeline.spec import LETTERS, PARTS, SIDE, Dataset, Letters, Part, Source, Stream, UserError
 
 OPTIONS: dict[str, cli.Convert] = {
     "dataset": cli.text,
@@ -24,6 +25,7 @@ OPTIONS: dict[str, cli.Convert] = {
     "n_train": cli.n_train,
     "data_dir": cli.text,
 }
+CURE = "pass -P data_dir=FOLDER"
 
 
 def prepare(dataset: str, archive: str, n_train: int | None, data_dir: str) -> Dataset:
@@ -59,8 +61,14 @@ def _prepare(
         found = Dataset.open(path.parent)
         if found.facts["key"] == key:
             return found, False
-    parts = datasets.split(source.read(), n_train)
-    return _write(data_dir, dataset, source, key, parts), True
+    letters = source.read()
+    rows = datasets.split(len(letters.train.labels), len(letters.test.labels), n_train)
+    n_letters = sum(len(part) for parts in rows.values() for part in parts.values())
+    disk.check_room(data_dir, n_letters * (SIDE * SIDE + 1), CURE)
+    return _write(data_dir, dataset, source, key, letters, rows), True
+
+
+_Rows = Mapping[str, Mapping[str, datasets.Rows]]
 
 
 def _key_facts(dataset: str, n_train: int | None, source: Source) -> dict[str, Any]:
@@ -71,7 +79,7 @@ def _key_facts(dataset: str, n_train: int | None, source: Source) -> dict[str, A
 
 
 def _write(
-    data_dir: Path, dataset: str, source: Source, key: str, parts: Mapping[str, Part]
+    data_dir: Path, dataset: str, source: Source, key: str, letters: Letters, rows: _Rows
 ) -> Dataset:
     """Write the arrays beside their folder's final place, then move it there in one step."""
     try:
@@ -81,18 +89,17 @@ def _write(
     except OSError as error:
         raise _unwritable(data_dir, error) from error
     try:
-        sha256 = {
-            f"{part}_{name}": _save(scratch / f"{part}_{name}.npy", array)
-            for part, arrays in parts.items()
-            for name, array in arrays._asdict().items()
-        }
+        sha256, counts = dict[str, str](), dict[str, int]()
+        for home, parts in rows.items():
+            sha256 |= _save(scratch, getattr(letters, home), parts)
+            counts |= {part: len(of_part) for part, of_part in parts.items()}
         content = {"name": dataset, "official": source.official, "sha256": sha256}
         digest = _sha256(_canonical(content))[:12]
         facts = content | {
             "digest": digest,
             "title": source.title,
             "key": key,
-            "counts": {part: len(arrays.labels) for part, arrays in parts.items()},
+            "counts": counts,
             "letters": LETTERS,
             "readers": PARTS,
             "split_seed": datasets.SPLIT_SEED,
@@ -100,7 +107,7 @@ def _write(
         }
         with (scratch / "dataset.json").open("w") as file:
             file.write(json.dumps(facts, indent=2) + "\n")
-            _keep(file)
+            disk.keep(file)
         scratch.chmod(0o755)  # mkdtemp makes it private
         root = data_dir / f"{dataset}-{digest}"
         try:
@@ -120,21 +127,45 @@ def _write(
 def _unwritable(data_dir: Path, error: OSError) -> UserError:
     return UserError(
         f"prep must be able to write to its folder, but {str(data_dir)!r} answered "
-        f"'{error.strerror}': make room or pass -P data_dir=FOLDER"
+        f"'{error.strerror}': make room or {CURE}"
     )
 
 
-def _save(path: Path, array: np.ndarray[Any, Any]) -> str:
-    with path.open("wb") as file:
-        np.save(file, np.ascontiguousarray(array))
-        _keep(file)
-    return _sha256(path.read_bytes())
-
-
-def _keep(file: IO[Any]) -> None:
-    """Have a file on the disk before its folder gets its name: a power cut may come between."""
-    file.flush()
-    os.fsync(file.fileno())
+def _save(
+    scratch: Path, letters: Part | Stream, parts: Mapping[str, datasets.Rows]
+) -> dict[str, str]:
+    """Write the parts that are rows of ``letters``, and read these once; SHA-256 of each array."""
+    n_letters, n_images = len(letters.labels), 0
+    part_of = np.full(n_letters, len(parts), np.uint8)
+    places = np.empty(n_letters, np.int64)  # of each letter in its part
+    sha256 = {}
+    with ExitStack() as stack:
+        files = []
+        for number, (part, rows) in enumerate(parts.items()):
+            part_of[rows], places[rows] = number, np.arange(len(rows))
+            labels, images = (
+                stack.enter_context((scratch / f"{part}_{name}.npy").open("w+b"))
+                for name in ("labels", "images")
+            )
+            np.save(labels, letters.labels[rows])
+            disk.keep(labels)
+            labels.seek(0)
+            sha256[f"{part}_labels"] = _sha256(labels.read())
+            files.append(disk.RowFile(images, len(rows), (SIDE, SIDE)))
+        for chunk in letters.chunks():
+            here = slice(n_images, n_images + len(chunk))
+            n_images = here.stop
+            for number, file in enumerate(files):
+                chosen = np.flatnonzero(part_of[here] == number)
+                file.put(chunk[chosen], places[here][chosen])
+        if n_images != n_letters:
+            raise UserError(
+                f"a data set must have one image for each label, but {n_images} images and "
+                f"{n_letters} labels came: mend its file in pipeline/datasets"
+            )
+        for part, file in zip(parts, files, strict=True):
+            sha256[f"{part}_images"] = file.finish()
+    return sha256
 
 
 def _sweep_up(data_dir: Path) -> None:

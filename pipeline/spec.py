@@ -5,7 +5,7 @@ sets of letters of a data set; which step may read which part is said in ``PARTS
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from optuna.distributions import BaseDistribution
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SIDE = 28  # pixels
+CHUNK = 4_096  # letters handed on at once
 
 # part: the steps that read it
 PARTS = {
@@ -49,6 +50,21 @@ class Part(NamedTuple):
     images: Images
     labels: Labels
 
+    def chunks(self) -> Iterator[Images]:
+        """The images in their order, some at a time."""
+        for start in range(0, len(self.labels), CHUNK):
+            yield self.images[start : start + CHUNK]
+
+
+class Stream(NamedTuple):
+    """Letters too many for memory: all labels, and ``chunks()`` reads the images, some at a time.
+
+    Row i of the labels belongs to row i of all chunks, one after the other.
+    """
+
+    labels: Labels
+    chunks: Callable[[], Iterator[Images]]
+
 
 class Letters(NamedTuple):
     """What a data set file reads: all its letters, before they are split into parts.
@@ -56,8 +72,8 @@ class Letters(NamedTuple):
     As in EMNIST, the last ``len(test.labels)`` rows of ``train`` are the validation split ("gate").
     """
 
-    train: Part
-    test: Part
+    train: Part | Stream
+    test: Part | Stream
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,8 @@ class Source:
         title: names the data set beside every figure; says so where it is not the official one.
         official: whether these are the letters that the data set's name promises.
         facts: JSON values that pin the content, such as file digests; part of the cache key.
-        read: reads or draws all letters; costly, called only where no prepared copy is found.
+        read: reads or draws all letters; costly, called only where no prepared copy is found. What
+            comes as a ``Stream`` is read when its chunks are.
     """
 
     title: str

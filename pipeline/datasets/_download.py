@@ -24,11 +24,11 @@ import requests
 import urllib3
 from tqdm import tqdm
 
+from pipeline.disk import check_room, check_size
 from pipeline.spec import UserError
 
 WAITS = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth try
 TIMEOUT = (5.0, 30.0)  # seconds: to connect, between two packets
-MAX_BYTES = 2_000_000_000  # of an archive, a member or an array: far above EMNIST, below harm
 BROKEN = (  # what reading a broken zip raises
     zipfile.BadZipFile,
     zlib.error,
@@ -38,6 +38,7 @@ BROKEN = (  # what reading a broken zip raises
     UnicodeDecodeError,  # in the name of a member
     RuntimeError,  # encrypted, or packed in an unknown way
 )
+_CURE = "set LETTERS_CACHE to another folder"
 _CHUNK = 1 << 16  # bytes
 _TAIL = 1 << 18  # bytes; room for the directory of some 2,000 members
 
@@ -48,15 +49,6 @@ class FetchError(Exception):
 
 class _Again(Exception):
     """A failure that the next try may mend."""
-
-
-def check_size(what: str, n_bytes: int) -> None:
-    """Refuse what would fill disk or memory, such as a zip bomb."""
-    if n_bytes > MAX_BYTES:
-        raise UserError(
-            f"{what} must not exceed {MAX_BYTES:,} bytes, and declares {n_bytes:,}: "
-            "pass another archive"
-        )
 
 
 def local_path(url: str, cache: Path) -> Path:
@@ -119,9 +111,12 @@ def _fill(copy: "_Copy", members: Callable[[str], bool]) -> None:
         stops = dict(zip(starts, [*starts[1:], end], strict=True))
         spans = {i: (i.header_offset, stops[i.header_offset]) for i in infos if members(i.filename)}
         gaps = [gap for span in spans.values() for gap in copy.missing(*span)]
-        copy.bar.total = copy.bar.n + sum(stop - start for start, stop in gaps)
-        for info, span in spans.items():
+        for info in spans:
             check_size(info.filename, info.file_size)
+        missing = sum(stop - start for start, stop in gaps)
+        check_room(copy.path.parent, missing, _CURE)
+        copy.bar.total = copy.bar.n + missing
+        for span in spans.values():
             copy.bring(*span)
         # Opened anew, because a buffer of the first may hold zeros of holes that are filled by now.
         with zipfile.ZipFile(copy.path) as archive:
@@ -199,6 +194,7 @@ class _Copy:
 
     def _receive(self, reply: requests.Response) -> None:
         at, stop, _ = _place(reply)
+        check_room(self.path.parent, stop - at, _CURE)
         self.spans.append([at, at])
         with self.path.open("r+b") as file:
             file.seek(at)

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 from platformdirs import user_cache_path
 
-from pipeline.datasets._download import BROKEN, FetchError, check_size, fetch, local_path
-from pipeline.spec import LETTERS, SIDE, Letters, Part, Source, UserError
+from pipeline.datasets._download import BROKEN, FetchError, fetch, local_path
+from pipeline.disk import check_size
+from pipeline.spec import CHUNK, LETTERS, SIDE, Images, Labels, Letters, Source, Stream, UserError
 
 _URLS = (
     "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip",
@@ -36,7 +37,6 @@ _OFFICIAL_LABELS = {
     "test": "929a3c9d33c507a13856e902c156052e0104f8aba428f857bf7da934c00c912e",
 }
 _OFFICIAL_COUNTS = {"train": 4_000, "gate": 800, "test": 800}
-_BLOCK = 4_096  # rows read at once
 
 
 def source(archive: str, n_train: int | None) -> Source:
@@ -126,10 +126,10 @@ def _sha256(path: Path, member: str) -> str:
     return digest.hexdigest()
 
 
-def _idx(path: Path, member: str, magic: int, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """The rows of an idx file, (n, *shape); pictures are set upright as they come, block by block,
-    so that no second copy of them is ever held.
-    """
+@contextmanager
+def _idx(path: Path, member: str, shape: tuple[int, ...]) -> Iterator[tuple[int, gzip.GzipFile]]:
+    """How many rows of ``shape`` an idx file declares, and the file, which goes on with these."""
+    magic = 0x801 + len(shape)  # unsigned bytes, so many axes
     with _member(path, member) as packed, gzip.open(packed) as file:
         header = file.read(4 * (2 + len(shape)))
         sizes = np.frombuffer(header[: len(header) // 4 * 4], ">u4").tolist()
@@ -139,29 +139,46 @@ def _idx(path: Path, member: str, magic: int, shape: tuple[int, ...]) -> npt.NDA
                 f"and that of {path} starts with {sizes}: pass an archive in EMNIST's layout"
             )
         check_size(f"{member} of {path}", int(np.prod(sizes[1:])))
-        rows = np.empty(sizes[1:], np.uint8)
-        for start in range(0, len(rows), _BLOCK):
-            block = rows[start : start + _BLOCK]
-            data = np.frombuffer(file.read(block.size), np.uint8)
-            if data.size != block.size:
-                raise EOFError(f"fewer than {len(rows)} rows")
-            block[:] = data.reshape(block.shape).transpose(0, *range(block.ndim - 1, 0, -1))
+        yield sizes[1], file
+
+
+def _rows(path: Path, member: str, shape: tuple[int, ...]) -> Iterator[npt.NDArray[np.uint8]]:
+    """The rows of an idx file, (n, *shape), some at a time and as many as it declares."""
+    with _idx(path, member, shape) as (n_rows, file):
+        for start in range(0, n_rows, CHUNK):
+            size = (min(CHUNK, n_rows - start), *shape)
+            data = np.frombuffer(file.read(int(np.prod(size))), np.uint8)
+            if data.size != np.prod(size):
+                raise EOFError(f"fewer than {n_rows} rows")
+            yield data.reshape(size)
         if file.read(1):  # at the end gzip and zipfile compare their CRCs
-            raise EOFError(f"more than {len(rows)} rows")
-    return rows
+            raise EOFError(f"more than {n_rows} rows")
 
 
-def _part(path: Path, part: str) -> Part:
-    images = _idx(path, _IMAGES[part], 2051, (SIDE, SIDE))
-    labels = _idx(path, _LABELS[part], 2049, ())
-    n_bad = int(np.count_nonzero((labels < 1) | (labels > len(LETTERS))))
-    if len(images) != len(labels) or n_bad:
+def _images(path: Path, part: str) -> Iterator[Images]:
+    """The pictures of a part, set upright."""
+    for images in _rows(path, _IMAGES[part], (SIDE, SIDE)):
+        yield np.ascontiguousarray(images.transpose(0, 2, 1))
+
+
+def _part(path: Path, part: str) -> Stream:
+    with _idx(path, _IMAGES[part], (SIDE, SIDE)) as (n_images, _):
+        pass
+    with _idx(path, _LABELS[part], ()) as (n_labels, _):
+        pass
+    if n_images != n_labels:  # no label is read yet, as there might be any number
         raise UserError(
-            f"each of {part}'s images needs one label in 1..26, and {path} has {len(images)} "
-            f"images, {len(labels)} labels and {n_bad} of those outside 1..26: pass another archive"
+            f"each of {part}'s images needs one label, and {path} has {n_images} images and "
+            f"{n_labels} labels: pass another archive"
         )
-    labels -= 1
-    return Part(images, labels)
+    labels: Labels = np.concatenate([np.empty(0, np.uint8), *_rows(path, _LABELS[part], ())])
+    n_bad = int(np.count_nonzero((labels < 1) | (labels > len(LETTERS))))
+    if n_bad:
+        raise UserError(
+            f"each of {part}'s labels must be in 1..26, and of those of {path} {n_bad} are not: "
+            "pass another archive"
+        )
+    return Stream(labels - np.uint8(1), partial(_images, path, part))
 
 
 def _read(path: Path, official: bool) -> Letters:
