@@ -5,9 +5,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline import quiet
 from pipeline.bill import charge
@@ -23,6 +25,10 @@ from pipeline.models import _distort  # noqa: E402
 
 PREDICT_BATCH = 512  # letters; larger gains nothing on a CPU
 WHOLE_EPOCHS = 10  # from so many on letters are distorted with full strength
+# Of so many letters the order is drawn in memory, 200 bytes each; of more it is computed.
+MAX_DRAWN = 1 << 17
+ROUNDS = 16  # of the cipher that computes it; with the usual 4 the orders of epochs are correlated
+ALIGNMENT = 64  # bytes; TensorFlow's kernels abort on memory that begins elsewhere
 WARM_UP = 0.1  # share of the schedule in which the learning rate rises
 
 
@@ -117,7 +123,7 @@ def _optimizer(params: Params, n_batches: int) -> keras.optimizers.Optimizer:
 
 def _batches(train: Part, params: Params, seed: int) -> tf.data.Dataset:
     """Endless batches of letters, each epoch in another order, distorted anew each time."""
-    images, labels = tf.constant(np.asarray(train.images)), tf.constant(np.asarray(train.labels))
+    images, labels = (_tensor(array) for array in train)
     # A short fit does not overfit: it learns more from letters as they are.
     strength = params["augment"] * min(1.0, params["epochs"] / WHOLE_EPOCHS)
 
@@ -128,15 +134,44 @@ def _batches(train: Part, params: Params, seed: int) -> tf.data.Dataset:
             letters = _distort.distort(letters, strength, key)
         return letters, tf.one_hot(tf.gather(labels, rows), len(LETTERS))
 
-    rows = (
-        tf.data.Dataset.range(len(labels))
-        .shuffle(len(labels), seed=seed)
-        .batch(params["batch_size"])
-    )
+    rows = _rows(len(train.labels), params["batch_size"], seed)
     keys = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).batch(2)
     options = tf.data.Options()
     options.threading.private_threadpool_size = 1
-    return tf.data.Dataset.zip(rows.repeat(), keys).map(batch).with_options(options)
+    return tf.data.Dataset.zip(rows, keys).map(batch).with_options(options)
+
+
+def _rows(n_letters: int, batch_size: int, seed: int) -> tf.data.Dataset:
+    """Endless batches of row numbers: each of ``n_letters`` once an epoch, each time shuffled."""
+    rows = tf.data.Dataset.range(n_letters)
+    if n_letters <= MAX_DRAWN:
+        return rows.shuffle(n_letters, seed=seed).batch(batch_size).repeat()
+    batches = rows.batch(batch_size)
+
+    @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
+    def shuffled(epoch: Any) -> tf.data.Dataset:
+        # Keys that follow each other give orders that are alike: they are drawn.
+        seeds = tf.stack([tf.constant(seed, tf.int64), epoch])
+        key = tf.random.stateless_uniform([3], seeds, None, None, tf.int32)
+        return batches.map(
+            lambda some: tf.raw_ops.RandomIndexShuffle(
+                index=some, seed=key, max_index=n_letters - 1, rounds=ROUNDS
+            )
+        )
+
+    return tf.data.Dataset.counter().flat_map(shuffled)
+
+
+def _tensor(array: npt.NDArray[np.uint8]) -> Any:
+    """A tensor that lies where ``array`` lies: of a memory-mapped part no byte is copied.
+
+    It goes by DLPack, for which numpy wants an array that may be written; nothing writes to it.
+    """
+    if not array.flags.c_contiguous or array.ctypes.data % ALIGNMENT:  # it is in memory anyway
+        return tf.constant(np.asarray(array))
+    there = array.__array_interface__ | {"data": (array.ctypes.data, False)}  # not read-only
+    alias = np.asarray(SimpleNamespace(__array_interface__=there, array=array))  # keeps it alive
+    return tf.experimental.dlpack.from_dlpack(alias.__dlpack__())
 
 
 def _charge_first_call(net: Any, name: str, charged: AbstractContextManager[Any]) -> None:

@@ -61,6 +61,10 @@ class Embedding:
             embed.axes = pca.components_.astype(np.float32)
         return embed, embed.project(features)
 
+    def n_features(self) -> int:
+        """Numbers of 4 bytes that ``fit`` holds of each letter at once."""
+        return int(self.features(np.zeros((1, len(AXIS), len(AXIS)), np.uint8)).shape[1])
+
     def __call__(self, letters: Images) -> Floats:
         return self.project(self.features(letters))
 
@@ -93,6 +97,12 @@ class Embedding:
         if self.params["features"] == "gradients":
             return gradient_histograms(pixels)
         return pixels.reshape(len(pixels), -1)
+
+
+def n_axes(params: dict[str, Any], n_features: int) -> int:
+    """How many axes ``Embedding.fit`` will find; 0 where it looks for none."""
+    wanted = N_LETTERS - 1 if params["lda_shrinkage"] else params["n_components"]
+    return int(min(wanted, n_features))
 
 
 def discriminants(features: Floats, labels: Labels, shrinkage: float) -> Floats:

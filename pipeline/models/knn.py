@@ -1,6 +1,8 @@
 """Nearest neighbours. The defaults are the deck's: five neighbours on plain pixels."""
 
+import resource
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,18 @@ import numpy as np
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from threadpoolctl import threadpool_limits
 
-from pipeline.spec import Fitted, Images, Labels, Param, Params, Part, Probabilities, Report
+from pipeline.models import _memory
+from pipeline.spec import (
+    Fitted,
+    Images,
+    Labels,
+    Param,
+    Params,
+    Part,
+    Probabilities,
+    Report,
+    UserError,
+)
 
 PARAMS = {
     "n_neighbors": Param(5, IntDistribution(0, 50)),  # 0: the best on val, found for nothing
@@ -44,7 +57,18 @@ PRIORS = [
 ]
 FIXED = {"n_neighbors": 0, "weights": "best"}  # never searched: each fit finds the best
 PRELOAD = ("pipeline.models._neighbours",)  # imported once for all trials
+SOON = 50_000  # letters, up to which a fit is soon done, whatever its params
+BY_FAR = 2.0  # a prediction is worth no more
+N_TIMED = 1_000  # letters, whose embedding and search tell what those of all will take
 N_STEPS = 10  # rungs of the training letters, each as dear as the next; 1 for vectors on axes
+
+
+class TooLarge(UserError, MemoryError):
+    """Memory does not hold the letters' vectors; said before any is taken."""
+
+
+class TooLong(UserError):
+    """A fit would end before its first report; said before anything is searched."""
 
 
 def fit(params: Params, train: Part, val: Part, seed: int, report: Report) -> Fitted:
@@ -53,12 +77,16 @@ def fit(params: Params, train: Part, val: Part, seed: int, report: Report) -> Fi
     A tenth is searched once only: its neighbours are merged with those found before, so that the
     rungs cost nothing beside the whole search. Where PCA or LDA have left few axes the search is
     the least of the costs, and is one step. ``seed`` is not needed: nothing is drawn.
+
+    Raises ``TooLarge`` or ``TooLong`` where memory or the trial's grant are far from enough.
     """
     from pipeline.models import _neighbours
 
     counts = [params["n_neighbors"]] if params["n_neighbors"] else _neighbours.COUNTS
     weights = list(_neighbours.POWERS) if params["weights"] == "best" else [params["weights"]]
     with threadpool_limits(1):
+        _check_memory(params, len(train.labels))
+        _check_time(params, train, len(val.labels))
         labels = np.asarray(train.labels)
         embed, vectors = _neighbours.Embedding.fit(params, train.images, labels)
         neighbours = _neighbours.Neighbours(embed(val.images), max(counts))
@@ -87,6 +115,61 @@ def fit(params: Params, train: Part, val: Part, seed: int, report: Report) -> Fi
         n_steps=n_steps,
         found={name: value for name, value in found.items() if value != params[name]},
     )
+
+
+def _check_memory(params: Params, n_letters: int) -> None:
+    from pipeline.models import _neighbours
+
+    n_features = _neighbours.Embedding(params, np.empty((0, 0), np.float32)).n_features()
+    needed, available = 4 * n_letters * n_features, _memory.available()
+    if needed > available:
+        raise TooLarge(
+            f"knn needs {needed / 1e9:,.1f} GB for {n_features} features of each of {n_letters:,} "
+            f"letters, and this machine has {available / 1e9:,.1f} GB free: pass -P n_train="
+            f"{int(0.8 * n_letters * available / needed)}{_fewer(params)}"
+        )
+
+
+def _check_time(params: Params, train: Part, n_val: int) -> None:
+    """Ask only where the kernel holds this process to a number of CPU-seconds: in a trial."""
+    limit, n_letters = resource.getrlimit(resource.RLIMIT_CPU)[0], len(train.labels)
+    if limit == resource.RLIM_INFINITY or n_letters <= SOON:
+        return
+    left = limit - time.process_time()
+    needed = _seconds_to_first_report(params, train, n_val)
+    if needed > BY_FAR * left:
+        raise TooLong(
+            f"knn needs some {needed:,.0f} CPU-seconds before it can report on {n_letters:,} "
+            f"letters, and {max(left, 0):,.0f} are left of its grant: pass more -P cpu_minutes or "
+            f"-P n_train={int(0.8 * n_letters * max(left, 0) / needed)}{_fewer(params)}"
+        )
+
+
+def _fewer(params: Params) -> str:
+    return ", or fewer -P kernel_components" if params["kernel_components"] else ""
+
+
+def _seconds_to_first_report(params: Params, train: Part, n_val: int) -> float:
+    """CPU-seconds, by those of a few letters: to embed all, and to search those of a first step."""
+    from pipeline.models import _neighbours
+
+    n_letters = len(train.labels)
+    began = time.process_time()
+    embed = _neighbours.Embedding(params, np.empty((0, 0), np.float32))
+    features = embed.features(train.images[:N_TIMED])
+    n_axes = _neighbours.n_axes(params, features.shape[1])
+    if n_axes:
+        features.T @ features  # of both PCA and LDA the dearest part
+    embedded = time.process_time()
+    vectors = features[:, :n_axes] if n_axes else features
+    some = np.ascontiguousarray(vectors)
+    search = _neighbours.Neighbours(some, max(_neighbours.COUNTS))
+    search.add(some, train.labels[:N_TIMED])
+    searched = time.process_time()
+    per_letter = (embedded - began) / len(some)
+    per_pair = (searched - embedded) / len(some) ** 2
+    n_searched = n_letters if n_axes else n_letters / N_STEPS
+    return per_letter * (n_letters + n_val) + per_pair * n_searched * n_val
 
 
 def _predict(
