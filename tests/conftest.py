@@ -9,6 +9,8 @@ from archives import write_archive
 from servers import Server
 from stores import N_TRAIN, AddMember, members, open_store
 
+from benchmarks import services
+
 
 @pytest.fixture(scope="session")
 def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -35,6 +37,40 @@ def server(store: mlflow.MlflowClient, tmp_path: Path) -> Iterator[Server]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[services.Postgres]:
+    """A PostgreSQL server, empty but for what the tests before have made in it."""
+    try:
+        services.find_postgres()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    with services.Postgres() as postgres:
+        yield postgres
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[services.S3]:
+    """An S3-compatible store with a bucket."""
+    with services.S3() as s3:
+        yield s3
+
+
+@pytest.fixture(scope="session")
+def team_server(postgres: services.Postgres, s3: services.S3) -> Iterator[services.TrackingServer]:
+    """An MLflow server over PostgreSQL and S3 that asks nobody for a password."""
+    with services.TrackingServer(postgres, s3) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def guarded_server(
+    postgres: services.Postgres, s3: services.S3
+) -> Iterator[services.TrackingServer]:
+    """An MLflow server over PostgreSQL and S3 with basic auth."""
+    with services.TrackingServer(postgres, s3, auth=True) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
