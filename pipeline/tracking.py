@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import parse_qs, urlsplit
 
 import mlflow
 import numpy as np
@@ -33,11 +34,14 @@ from mlflow.entities import Run as RunEntity
 from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import Schema, TensorSpec
 from mlflow.utils import requirements_utils
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 from pipeline import owner, quiet, served_letters, views
 from pipeline.bill import charge
 from pipeline.spec import LETTERS, SIDE, Dataset, Fitted, Images, UserError
 
+BUSY = (429, 500, 502, 503, 504)  # what a server answers that may do better soon
 NOTE = "mlflow.note.content"  # the tag that the MLflow UI shows as description
 # Unnamed: MLflow would hand named tensors on as a dict.
 SIGNATURE = ModelSignature(
@@ -301,24 +305,71 @@ def create(
 
 @charge("tracking")
 def connect() -> mlflow.MlflowClient:
-    """A client of the tracking store; one clear sentence where a server does not answer."""
+    """A client of the tracking store; one sentence where a server does not answer or let us in."""
     uri = mlflow.get_tracking_uri()
+    _refuse_a_password(uri)
     if uri.startswith("http"):
-        # MLflow itself would retry for minutes before it says so.
-        try:
-            requests.get(f"{uri.rstrip('/')}/health", timeout=30).raise_for_status()
-        except requests.RequestException as error:
-            raise UserError(
-                f"the tracking server must answer, but {uri} gave {type(error).__name__}: "
-                "start it, correct MLFLOW_TRACKING_URI, or unset it to track in ./mlflow.db"
-            ) from error
-        return mlflow.MlflowClient()
+        _wait_for(uri)
+        client = mlflow.MlflowClient()
+        _knock(client, uri)
+        return client
     # Two processes that make one store at once break it: MLflow has no lock for that.
     folder = Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite") else Path()
     with _locked(folder if folder.is_dir() else Path()):
         client = mlflow.MlflowClient()
         experiment_id(client)
     return client
+
+
+def _refuse_a_password(uri: str) -> None:
+    """A URI is shown in messages and by MLflow itself: a password in it would be too."""
+    place = urlsplit(uri)
+    query = [name.lower() for name in parse_qs(place.query)]
+    if place.password or any("password" in name for name in query):
+        raise UserError(
+            "MLFLOW_TRACKING_URI must hold no password, but one came in it: take it out, and pass "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, PGPASSFILE for a "
+            "database"
+        )
+
+
+def _wait_for(uri: str) -> None:
+    """See that a server is there; one that is starting or overrun has half a minute to come."""
+    # MLflow itself would retry for minutes before it says so.
+    patience = Retry(
+        total=5,
+        connect=0,
+        read=0,
+        backoff_factor=1,
+        status_forcelist=BUSY,
+        raise_on_status=False,
+    )
+    with requests.Session() as session:
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, HTTPAdapter(max_retries=patience))
+        try:
+            session.get(f"{uri.rstrip('/')}/health", timeout=30).raise_for_status()
+        except requests.RequestException as error:
+            raise UserError(
+                f"the tracking server must answer, but {uri} gave {type(error).__name__}: "
+                "start it, correct MLFLOW_TRACKING_URI, or unset it to track in ./mlflow.db"
+            ) from error
+
+
+def _knock(client: mlflow.MlflowClient, uri: str) -> None:
+    """See that the server lets us in, which it does not ask for its health."""
+    try:
+        client.search_experiments(max_results=1)
+    except mlflow.MlflowException as error:
+        status = error.get_http_status_code()  # type: ignore[no-untyped-call]
+        if status not in (401, 403):
+            raise
+        name = os.environ.get("MLFLOW_TRACKING_USERNAME")
+        raise UserError(
+            "the tracking server must know who asks, but "
+            f"{uri} does not let {repr(name) if name else 'the nameless'} in: set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD as its administrator gave them"
+        ) from error
 
 
 @contextmanager

@@ -7,12 +7,11 @@ from pathlib import Path
 from types import ModuleType
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from pipeline.bill import charge
 from pipeline.spec import Param, Params
+from sweeps.storage import keep_place, open_storage
 from sweeps.trial import Outcome
 
 _OUTCOME = "outcome"  # user attribute of a trial
@@ -53,7 +52,7 @@ class Behind(optuna.pruners.BasePruner):
 
 @charge("search")
 def open_study(name: str, seed: int, folder: Path, steps: str | None = None) -> optuna.Study:
-    """A study in ``folder``, new or continued. TPE proposes what the phases leave open.
+    """A study, new or continued; its folder is ``folder``. TPE proposes what the phases leave open.
 
     Without ``steps`` successive halving stops: of the trials that reach steps 1, 3, 9, ... the best
     third goes on (Li et al. 2018, "A system for massively parallel hyperparameter tuning"). Where
@@ -62,9 +61,7 @@ def open_study(name: str, seed: int, folder: Path, steps: str | None = None) -> 
     trials, so that a continued study does not draw its first trials again.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    journal = folder / "optuna.journal"
-    _mend(journal)
-    storage = JournalStorage(JournalFileBackend(str(journal)))
+    storage = open_storage(name, folder)
     halving = optuna.pruners.SuccessiveHalvingPruner(
         min_resource=1, reduction_factor=REDUCTION_FACTOR
     )
@@ -75,6 +72,7 @@ def open_study(name: str, seed: int, folder: Path, steps: str | None = None) -> 
         direction="maximize",
         load_if_exists=True,
     )
+    keep_place(folder)
     study.sampler = _sampler(seed, len(study.trials))
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         outcome = trial.user_attrs.get(_OUTCOME)
@@ -176,20 +174,6 @@ def expected_steps(n_steps: int) -> float:
         for begin, end, (_, share) in zip(ends, ends[1:], rungs(len(ends))[1:], strict=False)
     ]
     return 1.0 + sum(further)
-
-
-def _mend(journal: Path) -> None:
-    """Make good what a kill or a power cut may leave: a lock that nobody holds, a torn last line.
-
-    Optuna would wait half a minute for the one, and read nothing any more behind the other. Only
-    the process that holds the ledger opens a study, so nobody else is at it.
-    """
-    Path(f"{journal}.lock").unlink(missing_ok=True)
-    if not journal.exists():
-        return
-    with journal.open("rb+") as file:
-        text = file.read()
-        file.truncate(text.rfind(b"\n") + 1)
 
 
 @charge("search")
