@@ -42,6 +42,7 @@ from pipeline.bill import charge
 from pipeline.spec import LETTERS, SIDE, Dataset, Fitted, Images, UserError
 
 BUSY = (429, 500, 502, 503, 504)  # what a server answers that may do better soon
+PATIENCE = 5  # times that it is asked again, after 0, 2, 4, 8 and 16 seconds
 NOTE = "mlflow.note.content"  # the tag that the MLflow UI shows as description
 # Unnamed: MLflow would hand named tensors on as a dict.
 SIGNATURE = ModelSignature(
@@ -337,7 +338,7 @@ def _wait_for(uri: str) -> None:
     """See that a server is there; one that is starting or overrun has half a minute to come."""
     # MLflow itself would retry for minutes before it says so.
     patience = Retry(
-        total=5,
+        total=PATIENCE,
         connect=0,
         read=0,
         backoff_factor=1,
@@ -350,8 +351,9 @@ def _wait_for(uri: str) -> None:
         try:
             session.get(f"{uri.rstrip('/')}/health", timeout=30).raise_for_status()
         except requests.RequestException as error:
+            gave = type(error).__name__ if error.response is None else error.response.status_code
             raise UserError(
-                f"the tracking server must answer, but {uri} gave {type(error).__name__}: "
+                f"the tracking server must answer, but {uri} gave {gave}: "
                 "start it, correct MLFLOW_TRACKING_URI, or unset it to track in ./mlflow.db"
             ) from error
 

@@ -93,8 +93,8 @@ def connect(url: URL) -> RDBStorage:
 
 
 def shown(url: URL) -> str:
-    """A URL as it may be seen: without its password, and without options, which may hold one."""
-    return url.set(password=None, query={}).render_as_string()
+    """A URL as it may be seen: its password starred, and without options, which may hold one."""
+    return url.set(query={}).render_as_string(hide_password=True)
 
 
 def _mend(journal: Path) -> None:

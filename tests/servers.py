@@ -1,11 +1,16 @@
 """Real MLflow servers on this machine: of a tracking store, that a test can stop and start again,
-and of a model."""
+and of a model; and what may stand between a server and its clients."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import requests
@@ -58,3 +63,61 @@ class ModelServer(Server):
         # It starts uvicorn by its name.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.environment = {**os.environ, "PATH": path}
+
+
+Fault = str  # "refuse": the server is not asked; "lose": it is, and its answer is lost; "": neither
+HOPS = {"connection", "transfer-encoding", "content-encoding", "content-length", "host"}
+
+
+@contextmanager
+def faulty(uri: str, fault: Callable[[str, str], Fault], seconds: float = 0.0) -> Iterator[str]:
+    """A way to the server at ``uri`` that is slow and breaks down, as ``fault(method, path)`` says.
+
+    Gives its address. It answers 503 where the server is not asked, 500 where an answer is lost.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def forward(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            what = fault(self.command, self.path)
+            time.sleep(seconds)
+            if what == "refuse":
+                self.answer(503, b"busy", {})
+                return
+            headers = {
+                name: self.headers[name] for name in self.headers if name.lower() not in HOPS
+            }
+            found = requests.request(
+                self.command, f"{uri}{self.path}", data=body, headers=headers, timeout=60
+            )
+            if what == "lose":
+                self.answer(500, b"lost", {})
+            else:
+                self.answer(found.status_code, found.content, dict(found.headers))
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = forward
+
+        def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                if name.lower() not in HOPS | {"date", "server"}:
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    proxy.daemon_threads = True
+    thread = threading.Thread(target=proxy.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{proxy.server_port}"
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+        thread.join()

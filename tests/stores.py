@@ -13,6 +13,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 AddMember = Callable[[ModuleType, str, str], None]
+# What a shell may have set, and a test has not.
+SETTINGS = (
+    "MLFLOW_RUN_ID",
+    "MLFLOW_EXPERIMENT_ID",
+    "MLFLOW_EXPERIMENT_NAME",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "OPTUNA_STORAGE",
+)
 N_TRAIN = 520  # of the 780 letters that the tiny archive has for train and val
 
 
@@ -40,7 +49,7 @@ def open_store(original: Path, folder: Path, patch: pytest.MonkeyPatch) -> mlflo
     """A client of a copy of a tracking store in ``folder``, which all steps use from now on."""
     uri = f"sqlite:///{shutil.copy(original, folder)}"
     patch.setenv("MLFLOW_TRACKING_URI", uri)
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+    for name in SETTINGS:
         patch.delenv(name, raising=False)
     patch.chdir(folder)
     return mlflow.MlflowClient(uri)

@@ -14,13 +14,12 @@ from typing import Any
 import mlflow
 import optuna
 import pytest
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from steps import SWEEP, alive, arguments, runs, toy, wait
 
+from benchmarks import services
 from pipeline import models
-from sweeps import processes
+from sweeps import processes, storage
 from sweeps.budget import Ledger
 from sweeps.trial import STATUS
 
@@ -65,9 +64,8 @@ class Typist:
             time.sleep(0.02)
 
     def study(self, name: str) -> optuna.Study:
-        journal = self.folder / "studies" / name / "optuna.journal"
-        storage = JournalStorage(JournalFileBackend(str(journal)))
-        return optuna.load_study(study_name=name, storage=storage)
+        kept = storage.open_storage(name, self.folder / "studies" / name)
+        return optuna.load_study(study_name=name, storage=kept)
 
     def ledger(self, name: str) -> Ledger:
         """The ledger as a next driver would find it."""
@@ -194,6 +192,26 @@ def test_a_power_cut_tears_the_last_lines_only(typist: Typist) -> None:
     out, _ = typist.type().communicate(timeout=120)
     assert b"continuing the sweep that was interrupted" in out
     _check_the_end(typist)
+
+
+def test_a_killed_sweep_whose_study_is_in_postgresql_is_continued(
+    typist: Typist, postgres: services.Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    postgres.create("crash")
+    monkeypatch.setenv("OPTUNA_STORAGE", postgres.url("crash"))
+    driver = typist.type(n_trials=1000)
+    typist.wait_for_trials(driver, 4)
+    driver.kill()
+    out, _ = driver.communicate(timeout=30)
+    assert postgres.password.encode() not in out
+    # The database restarts between the drivers, and loses nothing.
+    postgres.kill()
+    postgres.start()
+    out, _ = typist.type(n_trials=9).communicate(timeout=120)
+    assert b"continuing the sweep that was interrupted" in out, out.decode()
+    assert postgres.password.encode() not in out
+    _check_the_end(typist)
+    assert not list(typist.folder.glob("studies/*/optuna.journal"))
 
 
 @pytest.mark.parametrize("victim", ["nursery", "trial"])
