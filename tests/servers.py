@@ -49,7 +49,7 @@ class Server:
     def _answers(self) -> bool:
         try:
             return requests.get(f"{self.uri}/health", timeout=5).ok
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):  # on a busy machine it is slow
             return False
 
 
