@@ -81,7 +81,7 @@ def test_prep(user: User) -> None:
 
 @pytest.mark.parametrize(
     ("model", "hyperparameters"),
-    [("knn", ["n_neighbors=3"]), ("cnn", ["epochs=2", "filters=16"]), ("lstm", ["epochs=2"])],
+    [("knn", ["n_neighbors=3"]), ("cnn", ["epochs=2", "filters=16"])],
 )
 def test_train_and_the_model_answers_outside_of_the_project(
     model: str, hyperparameters: list[str], user: User, tmp_path: Path
@@ -109,14 +109,14 @@ def test_sweep_of_a_model_and_data_set_that_are_one_file_each(user: User) -> Non
     )
     source = (user.project / "pipeline/datasets/emnist_letters.py").read_text()
     (user.project / "pipeline/datasets/mine.py").write_text(source)
-    code, out = user.run("sweep", "model=toy", "dataset=mine", *user.data, "cpu_minutes=0.4")
+    code, out = user.run("sweep", "model=toy", "dataset=mine", *user.data, "cpu_minutes=0.3")
     assert code == 0, out
     (parent,), trials = runs(user.client, "sweep"), runs(user.client, "trial")
     assert parent.info.status == "FINISHED"
     assert parent.data.params["model"] == "toy"
     assert parent.data.tags["dataset"] == "mine"
     # Spent is what the kernel says, and no more than asked for.
-    assert 0 < parent.data.metrics["cpu_seconds"] <= 24 + 2
+    assert 0 < parent.data.metrics["cpu_seconds"] <= 18 + 2
     assert len(trials) >= 2
     assert {trial.info.status for trial in trials} == {"FINISHED"}
 
@@ -128,7 +128,7 @@ def test_evaluate(user: User) -> None:
 
 
 def test_main_runs_every_step(user: User) -> None:
-    code, out = user.run("main", *user.data, "models=knn", "cpu_minutes=0.4")
+    code, out = user.run("main", *user.data, "models=knn", "cpu_minutes=0.3")
     assert code == 0, out
     # The last words are the table, and how to look at the runs.
     assert "| KNN " in out
@@ -150,15 +150,11 @@ def test_compare_and_promote(user: User) -> None:
     refused = runs(user.client, "promote")[-1]
     assert refused.data.tags["decision"] == "refused"
     assert "error" not in refused.data.tags
-    code, out = user.run("promote", "history=true")
-    assert code == 0, out
-    assert "| promoted | 1 knn " in out
 
 
 @pytest.mark.parametrize(
     ("entry_point", "parameters", "rule"),
     [
-        ("sweep", ["model=knn", "cpu_minutes=abc"], "cpu_minutes must be a number, but 'abc' came"),
         ("train", ["model=knn", "depth=3"], "the hyperparameters of knn are"),
         ("prep", ["archive=missing.zip"], "missing.zip"),
     ],
