@@ -503,13 +503,20 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def ui_hint(experiment: str) -> str:
     """How to look at the runs."""
-    return f"look at the runs: `mlflow ui`, then http://127.0.0.1:5000{views.address(experiment)}"
+    return f"look at the runs: {_ui()}{views.address(experiment)}"
 
 
 def artifact_hint(run: Run, name: str) -> str:
     """Where the MLflow UI shows an artifact of a run."""
-    place = f"/#/experiments/{run.experiment_id}/runs/{run.id}/artifacts/{name}"
-    return f"`mlflow ui`, then http://127.0.0.1:5000{place}"
+    return f"{_ui()}/#/experiments/{run.experiment_id}/runs/{run.id}/artifacts/{name}"
+
+
+def _ui() -> str:
+    """Where the MLflow UI is: the tracking server's, else one that is still to be started."""
+    uri = mlflow.get_tracking_uri()
+    if uri.startswith(("http://", "https://")):
+        return uri.rstrip("/")
+    return "`mlflow ui`, then http://127.0.0.1:5000"
 
 
 def _guard(folder: Path, model: Model) -> None:

@@ -30,9 +30,10 @@ Workers = pytest.importorskip(
     "benchmarks.workers", reason="needs Dask: pip install -r sweeps/requirements.txt"
 ).Workers
 
-# Half a CPU-second a step: long enough to be killed in.
-BURN = """end = time.process_time() + 0.5
-        while time.process_time() < end: pass"""
+# A quarter of a CPU-second a step; a test can hold trials in the midst of it.
+BURN = """end = time.process_time() + 0.25
+        while time.process_time() < end: pass
+        while os.path.exists(os.environ["HOLD"]): time.sleep(0.01)"""
 STEP = """
 import os
 import steps, toys
@@ -49,6 +50,14 @@ class Site:
     def __init__(self, store: mlflow.MlflowClient, folder: Path, archive: Path) -> None:
         self.store, self.folder, self.archive = store, folder, archive
         self.workers: Any = None
+        self.hold = folder / "hold"
+
+    def held(self, name: str) -> int:
+        """Wait for a trial of a worker, which waits in its first step; its process."""
+        assert wait(lambda: bool(self.workers.trials(name)), 120)
+        time.sleep(2 * host.BEAT_SECONDS)  # it has told of itself
+        (trial,) = self.workers.trials(name)
+        return int(trial)
 
     def options(self, model: str = "toy", **more: object) -> list[str]:
         data = {"dataset": "emnist_letters", "archive": self.archive, "n_train": N_TRAIN}
@@ -92,10 +101,10 @@ def site(
     with pytest.MonkeyPatch.context() as patch, members(folder, patch) as add:
         store = open_store(fresh_store, folder, patch)
         add(models, "toy", toy(before=BURN))
+        patch.setenv("HOLD", str(folder / "hold"))
         server = Server(store.tracking_uri, folder)
         server.start()
         patch.setenv("MLFLOW_TRACKING_URI", server.uri)
-        mlflow.set_tracking_uri(server.uri)
         site = Site(mlflow.MlflowClient(server.uri), folder, archive)
         site.workers = Workers(folder, os.environ)
         try:
@@ -103,7 +112,6 @@ def site(
         finally:
             site.workers.stop()
             server.stop()
-            mlflow.set_tracking_uri(None)
 
 
 @pytest.fixture
@@ -113,7 +121,8 @@ def names(site: Site, request: pytest.FixtureRequest) -> Iterator[list[str]]:
     for name in found:
         site.workers.add(name)
     yield found
-    for name in found:
+    site.hold.unlink(missing_ok=True)
+    for name in list(site.workers.nannies):
         site.workers.remove(name)
 
 
@@ -134,17 +143,18 @@ def _spent(driver: "subprocess.Popen[str]", workers: Any) -> float:
     return float(workers.cpu_seconds() - before + usage.ru_utime + usage.ru_stime)
 
 
-def _kill_in_a_fit(workers: Any, name: str) -> None:
-    assert wait(lambda: bool(workers.trials(name)), 120)
-    time.sleep(0.7)
-    workers.kill(name)
+def _kill_in_a_fit(site: Site, name: str) -> None:
+    site.held(name)
+    site.workers.kill(name)
+    site.hold.unlink()
 
 
 def test_a_killed_worker_s_trial_is_billed_and_tried_once_more(
     site: Site, names: list[str]
 ) -> None:
+    site.hold.touch()
     driver = site.type(n_trials=8)
-    killer = threading.Thread(target=_kill_in_a_fit, args=(site.workers, names[0]))
+    killer = threading.Thread(target=_kill_in_a_fit, args=(site, names[0]))
     killer.start()
     spent = _spent(driver, site.workers)
     killer.join()
@@ -182,28 +192,29 @@ def test_a_killed_worker_s_trial_is_billed_and_tried_once_more(
 
 def test_a_worker_that_comes_late_has_trials(site: Site, names: list[str]) -> None:
     site.workers.remove(names[1])
-    driver = site.type(n_trials=8)
-    assert wait(lambda: bool(site.workers.trials(names[0])), 120)
+    site.hold.touch()
+    driver = site.type(n_trials=6)
+    site.held(names[0])
     site.workers.add(names[1])
+    site.held(names[1])
+    site.hold.unlink()
     _end(driver)
     trials = site.trials(site.sweep())
-    assert len(trials) == 8
-    assert {run.data.tags["state"] for run in trials.values()} == {"complete"}
+    assert len(trials) == 6
+    assert {run.info.status for run in trials.values()} == {"FINISHED"}
     assert len({run.data.tags["worker"] for run in trials.values()}) == 2
-    site.workers.process(names[1])  # the fixture ends both
 
 
 def test_a_silent_worker_is_given_up_and_ends_its_trial_itself(
     site: Site, names: list[str]
 ) -> None:
+    site.hold.touch()
     driver = site.type(n_trials=5)
-    assert wait(lambda: bool(site.workers.trials(names[0])), 120)
-    time.sleep(1.5)  # it has told of itself
-    worker = site.workers.process(names[0])
-    (trial,) = site.workers.trials(names[0])
+    trial, worker = site.held(names[0]), site.workers.process(names[0])
     os.kill(worker, signal.SIGSTOP)
     try:
-        assert wait(lambda: not alive(trial), host.SILENCE_SECONDS + 5)
+        assert wait(lambda: not alive(trial), 2 * host.SILENCE_SECONDS)
+        site.hold.unlink()
         text = _end(driver)
     finally:
         os.kill(worker, signal.SIGCONT)
@@ -214,27 +225,27 @@ def test_a_silent_worker_is_given_up_and_ends_its_trial_itself(
     assert "was silent" in lost[0]["error"]
     debits = {record["trial"]: record for record in site.ledger(parent, "debit")}
     assert sorted(debits) == list(trials)
+    # It is billed what it may have spent at most, since nobody saw.
     assert debits[int(lost[0]["trial"])]["cpu_seconds"] > host.SILENCE_SECONDS
 
 
 def test_a_driver_that_dies_leaves_no_trial_and_its_sweep_is_continued(
     site: Site, names: list[str]
 ) -> None:
-    driver = site.type(n_trials=6)
-    assert wait(lambda: bool(site.workers.trials(names[0])), 120)
-    time.sleep(1.0)
     before = site.workers.cpu_seconds()
-    trial = site.workers.trials(names[0])[0]
+    site.hold.touch()
+    driver = site.type(n_trials=6)
+    trial = site.held(names[0])
     driver.kill()
-    driver.wait()
-    assert wait(lambda: not alive(trial), host.SILENCE_SECONDS + 5)
+    driver.communicate()
+    assert wait(lambda: not alive(trial), 2 * host.SILENCE_SECONDS)
+    site.hold.unlink()
     n_sweeps = len(runs(site.store, "sweep"))
     text = _end(site.type(n_trials=6))
     assert "continuing" in text
     assert len(runs(site.store, "sweep")) == n_sweeps
     parent = site.sweep()
-    trials = site.trials(parent)
-    assert len(trials) == 6
+    assert len(site.trials(parent)) == 6
     assert parent.data.metrics["cpu_seconds"] > site.workers.cpu_seconds() - before
 
 
