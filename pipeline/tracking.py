@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 import traceback
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,15 @@ import pandas as pd
 import requests
 from matplotlib.figure import Figure
 from mlflow.entities import Dataset as DatasetEntity
-from mlflow.entities import DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
+from mlflow.entities import (
+    DatasetInput,
+    InputTag,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    RunTag,
+)
 from mlflow.entities import Run as RunEntity
 from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import Schema, TensorSpec
@@ -43,6 +52,7 @@ from pipeline.spec import LETTERS, SIDE, Dataset, Fitted, Images, UserError
 
 BUSY = (429, 500, 502, 503, 504)  # what a server answers that may do better soon
 PATIENCE = 5  # times that it is asked again, after 0, 2, 4, 8 and 16 seconds
+REQUEST = "request"  # tag: what tells one run that was asked for twice from two runs
 NOTE = "mlflow.note.content"  # the tag that the MLflow UI shows as description
 # Unnamed: MLflow would hand named tensors on as a dict.
 SIGNATURE = ModelSignature(
@@ -178,6 +188,32 @@ class Run:
 
     @charge("tracking")
     def log_model(self, fitted: Fitted, example: Images, step: int) -> LoggedModel:
+        """Log a model, once: MLflow asks again where a server's answer was lost.
+
+        It then makes a second model, and leaves the first PENDING; or the server refuses to note
+        twice whose output a model is.
+        """
+        try:
+            model = self._log_model(fitted, example, step)
+        except mlflow.MlflowException:
+            if not self._drop_half_made():
+                raise
+            model = self._log_model(fitted, example, step)
+        self._drop_half_made()
+        return model
+
+    def _drop_half_made(self) -> int:
+        """Delete the models of this run that are not whole; gives how many there were."""
+        if not mlflow.get_tracking_uri().startswith("http"):
+            return 0  # no answer is lost where there is no server
+        mine = f"source_run_id = '{self.id}'"
+        found = self.client.search_logged_models([self.experiment_id], mine)
+        half_made = [one for one in found if one.status == LoggedModelStatus.PENDING]
+        for one in half_made:
+            self.client.delete_logged_model(one.model_id)
+        return len(half_made)
+
+    def _log_model(self, fitted: Fitted, example: Images, step: int) -> LoggedModel:
         """Log a model with signature and pinned requirements.
 
         Requirements are given, since MLflow would import the model anew in a process of its own to
@@ -214,11 +250,18 @@ class Run:
     def link_model(self, model_uri: str) -> None:
         """Show a model that another run logged as an output of this one too."""
         model_id = _model_id(model_uri)
-        outputs = self.client.get_run(self.id).outputs
-        known = [one.model_id for one in outputs.model_outputs] if outputs else []
-        if model_id not in known:  # else MLflow would refuse it
-            self.client.log_outputs(self.id, [LoggedModelOutput(model_id, step=0)])
+        if model_id not in self._outputs():  # else MLflow would refuse it
+            try:
+                self.client.log_outputs(self.id, [LoggedModelOutput(model_id, step=0)])
+            except mlflow.MlflowException:  # the answer was lost, and MLflow has asked again
+                if model_id not in self._outputs():
+                    raise
         self.tags({"model_uri": model_uri})
+
+    def _outputs(self) -> list[str]:
+        """Ids of the models that are this run's."""
+        outputs = self.client.get_run(self.id).outputs
+        return [one.model_id for one in outputs.model_outputs] if outputs else []
 
 
 @contextmanager
@@ -239,7 +282,7 @@ def start(
     elif given:
         run = Run(client, given, client.get_run(given).info.experiment_id)
     else:
-        run = create(client, step, parent)
+        run = create(client, step, parent, tags={REQUEST: uuid.uuid4().hex})
     if parent is None:
         reconcile(run)
     status = "KILLED"
@@ -260,13 +303,21 @@ def start(
 
 @charge("tracking")
 def reconcile(run: Run) -> None:
-    """Close the runs that processes of this machine left RUNNING when they were killed."""
+    """Close the runs that processes of this machine left RUNNING when they were killed.
+
+    Delete that which a server made, and whose answer was lost, so that it was asked for another.
+    """
     left = run.client.search_runs(
         [run.experiment_id],
         f"attributes.status = 'RUNNING' and tags.process LIKE '{owner.machine()} %'",
     )
+    request = {other.info.run_id: other.data.tags.get(REQUEST) for other in left}
     for other in left:
-        if other.info.run_id != run.id and owner.is_dead(other.data.tags["process"]):
+        if other.info.run_id == run.id:
+            continue
+        if request.get(run.id) and request[run.id] == request[other.info.run_id]:
+            run.client.delete_run(other.info.run_id)
+        elif owner.is_dead(other.data.tags["process"]):
             run.client.set_terminated(other.info.run_id, "KILLED")
 
 

@@ -1,5 +1,6 @@
 """Every step with a team's MLflow server: PostgreSQL, an S3-compatible store, and passwords."""
 
+import collections
 import itertools
 import os
 import re
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
+from mlflow.entities import LoggedModelStatus
 from servers import faulty
 from steps import SWEEP, arguments, artifacts, left_until, toy
 from stores import ROOT, SETTINGS
@@ -18,10 +21,13 @@ from test_promote import DEFAULTS as PROMOTE
 from test_scan import drawn, page
 
 from benchmarks import services
-from pipeline import compare, evaluate, models, predict, prep, promote, tracking, train
-from pipeline.spec import UserError
+from pipeline import champion, compare, evaluate, models, predict, prep, promote, tracking, train
+from pipeline.models import knn
+from pipeline.spec import Fitted, Part, UserError
 from sweeps import engine, sweep
 
+# Last words of the addresses that make a run, a model, a model's link to a run, a version.
+MAKERS = {"create", "logged-models", "outputs"}
 KNN = {"model": "knn", "seed": 0, "precision": "auto"}
 
 
@@ -131,6 +137,15 @@ def test_a_password_in_the_address_is_refused(uri: str, monkeypatch: pytest.Monk
     assert "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in str(refusal.value)
 
 
+def _fitted() -> Fitted:
+    """Nearest neighbours of a few noisy letters."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 28, 28), dtype=np.uint8)
+    part = Part(images, (np.arange(60) % 26).astype(np.uint8))
+    deck = {name: param.default for name, param in knn.PARAMS.items()}
+    return knn.fit(deck, part, part, 0, lambda step, accuracy: False)
+
+
 def _every(n: int, what: str) -> Callable[[str, str], str]:
     """A fault of each nth request that writes."""
     count = itertools.count(1)
@@ -150,6 +165,7 @@ def test_a_server_that_breaks_down_again_and_again_loses_and_doubles_nothing(
     with faulty(guarded_server.uri, _every(n, what), seconds=0.02) as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         _sweep(data_options, add_member, monkeypatch)
+    assert len(desk("prep")) == 1
     (parent,) = desk("sweep")
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics["n_trials"] == 4
@@ -163,6 +179,37 @@ def test_a_server_that_breaks_down_again_and_again_loses_and_doubles_nothing(
         assert [metric.step for metric in history] == list(range(1, len(history) + 1))
     logged = client.search_logged_models([parent.info.experiment_id])
     assert len(logged) == sum("model_uri" in run.data.tags for run in trials)
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_what_is_asked_for_twice_is_there_once(
+    nth: int,
+    desk: Callable[[str], list[Any]],
+    guarded_server: services.TrackingServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The answer is lost to each kind of request that makes something, the nth time it is made."""
+    seen: collections.Counter[str] = collections.Counter()
+
+    def fault(method: str, path: str) -> str:
+        kind = path.partition("?")[0].rpartition("/")[2]
+        seen[kind] += 1
+        return "lose" if kind in MAKERS and seen[kind] == nth else ""
+
+    client = mlflow.MlflowClient(guarded_server.uri)
+    with faulty(guarded_server.uri, fault) as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        for _ in range(nth):
+            with tracking.start("train") as run:
+                model = run.log_model(_fitted(), np.zeros((1, 28, 28), np.uint8), 1)
+                champion.register(run.client, model.uri, {}, run.id)
+    assert MAKERS <= set(seen)
+    assert len(desk("train")) == nth
+    logged = client.search_logged_models([run.experiment_id])
+    assert len(logged) == nth
+    assert {one.status for one in logged} == {LoggedModelStatus.READY}
+    mine = [one for one in champion.versions(client) if one.tags.get("registered_by") == run.id]
+    assert [one.tags["model_uri"] for one in mine] == [model.uri]
 
 
 def test_a_server_that_is_starting_is_waited_for(
