@@ -1,6 +1,13 @@
 import errno
+import hashlib
+import io
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -9,11 +16,14 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
-from archives import write_archive
+from archives import idx, member, write_archive
 from steps import arguments
 
-from pipeline import datasets, prep, registry
+from pipeline import datasets, disk, prep, registry
+from pipeline.datasets import emnist_letters
 from pipeline.spec import PARTS, Dataset, Letters, Part, UserError
+
+ROOT = Path(__file__).parent.parent
 
 TOY = """
 import numpy as np
@@ -27,29 +37,157 @@ def source(archive, n_train):
 """
 
 
-def _letters(n_train: int, n_test: int) -> Letters:
-    """Letters of which each can be told from every other by its first two pixels."""
-    numbers = np.arange(n_train + n_test)
-    images = np.zeros((len(numbers), 28, 28), np.uint8)
-    images[:, 0, 0], images[:, 0, 1] = numbers // 256, numbers % 256
-    labels = (numbers % 26).astype(np.uint8)
-    return Letters(
-        Part(images[:n_train], labels[:n_train]), Part(images[n_train:], labels[n_train:])
+def _plain(letters: Letters, n_train: int | None) -> dict[str, Part]:
+    """The split as it is in words, with all letters in memory."""
+    n_letters, n_test = len(letters.train.labels), len(letters.test.labels)
+    n_pool = n_letters - n_test
+    n_train = n_pool - min(10_000, n_pool // 6) if n_train is None else n_train
+    order = np.random.default_rng(0).permutation(n_pool)
+    rows = {
+        "train": order[:n_train],
+        "val": order[n_train:][:10_000],
+        "gate": np.arange(n_pool, n_letters),
+    }
+    train = {part: Part(*(array[some] for array in letters.train)) for part, some in rows.items()}
+    return train | {"test": Part(*letters.test)}
+
+
+def _digest(parts: dict[str, Part]) -> str:
+    """The digest of a data set: of the SHA-256 of each array as numpy itself writes it."""
+    sha256 = {}
+    for part, arrays in parts.items():
+        for name, array in arrays._asdict().items():
+            file = io.BytesIO()
+            np.save(file, np.ascontiguousarray(array))
+            sha256[f"{part}_{name}"] = hashlib.sha256(file.getvalue()).hexdigest()
+    content = {"name": "emnist_letters", "official": False, "sha256": sha256}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@pytest.mark.parametrize("n_train", [520, 700, None])
+@pytest.mark.parametrize(("chunk", "stretch"), [(4_096, 1 << 15), (64, 1), (7, 37), (1040, 130)])
+def test_streams_become_the_arrays_that_a_plain_split_gives(
+    n_train: int | None,
+    chunk: int,
+    stretch: int,
+    archive: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(emnist_letters, "CHUNK", chunk)
+    monkeypatch.setattr(disk, "STRETCH", stretch)
+    letters = write_archive(tmp_path / "again.zip", n_train=1040, n_test=260)
+    plain = _plain(letters, n_train)
+    data = prep.prepare("emnist_letters", str(archive), n_train, str(tmp_path / "data"))
+    for name, part in plain.items():
+        np.testing.assert_array_equal(data.part(name).images, part.images)
+        np.testing.assert_array_equal(data.part(name).labels, part.labels)
+    # Law: also the files are numpy's, byte for byte, and so the digest depends on letters alone.
+    assert data.digest == _digest(plain)
+
+
+def _large(path: Path, n_train: int) -> None:
+    """An archive of many empty letters, quickly written."""
+    labels = (np.arange(n_train) % 26 + 1).astype(np.uint8)
+    write_archive(
+        path,
+        1040,
+        260,
+        replace={
+            member("train", "images-idx3"): idx(np.zeros((n_train, 28, 28), np.uint8)),
+            member("train", "labels-idx1"): idx(labels),
+        },
     )
 
 
-def _numbers(part: Part) -> set[int]:
-    first = part.images[:, 0, :2].astype(int)
-    return set((first[:, 0] * 256 + first[:, 1]).tolist())
+def test_memory_does_not_grow_with_the_letters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "STRETCH", 1 << 12)
+    peaks = []
+    for n_letters in (20_000, 120_000):
+        path = tmp_path / f"{n_letters}.zip"
+        _large(path, n_letters)
+        tracemalloc.start()  # numpy tells it of arrays, but for memory maps
+        prep.prepare("emnist_letters", str(path), None, str(tmp_path / "data"))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # Law: a letter of 784 bytes takes what its label and its place take: 64 bytes at most.
+    assert peaks[1] - peaks[0] < 64 * 100_000
+    assert peaks[1] < 40_000_000
+
+
+def test_a_disk_without_room_is_a_sentence_before_anything_is_written(
+    archive: Path, data_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_bytes = (520 + 3 * 260) * 785
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=n_bytes - 1))
+    with pytest.raises(UserError) as caught:
+        prep.prepare(**data_options | {"archive": str(archive)})
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{n_bytes:,} bytes must have room in '{data_options['data_dir']}'")
+    assert sentence.endswith("make room or pass -P data_dir=FOLDER")
+    assert not Path(data_options["data_dir"]).exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=n_bytes))
+    assert prep.prepare(**data_options | {"archive": str(archive)}).digest
+
+
+def test_a_stream_that_breaks_leaves_nothing(tmp_path: Path, data_options: dict[str, Any]) -> None:
+    path = tmp_path / "broken.zip"
+    images = idx(np.zeros((1040, 28, 28), np.uint8))[:-9]
+    write_archive(path, 1040, 260, replace={member("train", "images-idx3"): images})
+    with pytest.raises(UserError, match="end-of-stream"):
+        prep.prepare(**data_options | {"archive": str(path)})
+    assert list(Path(data_options["data_dir"]).iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from pipeline import disk, prep
+disk.RowFile.finish = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+prep.prepare("emnist_letters", sys.argv[1], 520, sys.argv[2])
+"""
+
+
+def test_a_killed_prep_leaves_its_scratch_alone(archive: Path, tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    command = [sys.executable, "-c", KILLED, str(archive), str(data_dir)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (scratch,) = data_dir.iterdir()
+    assert scratch.name.startswith(".prep-")
+    # Law: nobody takes it for letters; the next prep makes them whole.
+    data = prep.prepare("emnist_letters", str(archive), 520, str(data_dir))
+    assert data.part("train").images[:].any(axis=(1, 2)).all()
+
+
+def test_images_without_labels_are_refused(
+    add_member: Callable[[ModuleType, str, str], None], data_options: dict[str, Any]
+) -> None:
+    stream = "Letters(Stream(_part(1040).labels, lambda: iter([_part(1041).images])), _part(260))"
+    toy = TOY.replace("Letters(_part(1040), _part(260))", stream).replace(
+        "Part, S", "Part, Stream, S"
+    )
+    add_member(datasets, "toy", toy)
+    with pytest.raises(UserError, match="one image for each label, but 1041 images and 1040 label"):
+        prep.prepare(**data_options | {"dataset": "toy", "archive": "default"})
+    assert list(Path(data_options["data_dir"]).iterdir()) == []
+
+
+def _numbers(n_letters: int, n_test: int, n_train: int | None) -> dict[str, set[int]]:
+    """Numbers of the letters of each part; those of the test part follow those of train."""
+    rows = datasets.split(n_letters, n_test, n_train)
+    test = set((rows["test"]["test"] + n_letters).tolist())
+    return {part: set(some.tolist()) for part, some in rows["train"].items()} | {"test": test}
 
 
 @pytest.mark.parametrize(("n_train", "n_val"), [(520, 260), (700, 80), (None, 130)])
 def test_parts_are_disjoint_and_the_gate_is_the_end_of_train(
     n_train: int | None, n_val: int
 ) -> None:
-    parts = datasets.split(_letters(1040, 260), n_train)
-    numbers = {name: _numbers(part) for name, part in parts.items()}
-    assert list(parts) == list(PARTS)
+    numbers = _numbers(1040, 260, n_train)
+    assert list(numbers) == list(PARTS)
     # Every letter is in one part at most, and as many are in val as are left, all taking a sixth.
     assert sum(map(len, numbers.values())) == len(set.union(*numbers.values()))
     assert len(numbers["val"]) == n_val
@@ -60,14 +198,14 @@ def test_parts_are_disjoint_and_the_gate_is_the_end_of_train(
 
 
 def test_val_has_at_most_ten_thousand_letters() -> None:
-    assert len(datasets.split(_letters(40_260, 260), 10_000)["val"].labels) == 10_000
+    assert len(_numbers(40_260, 260, 10_000)["val"]) == 10_000
     # Of all letters, too, train leaves that many to val.
-    assert len(datasets.split(_letters(61_000, 260), None)["train"].labels) == 60_740 - 10_000
+    assert len(_numbers(61_000, 260, None)["train"]) == 60_740 - 10_000
 
 
 def test_train_must_leave_letters_to_val() -> None:
     with pytest.raises(UserError, match="leave at least 26 of this data set's 780 letters to val"):
-        datasets.split(_letters(1040, 260), 760)
+        datasets.split(1040, 260, 760)
 
 
 def test_prepared_letters_are_those_of_the_archive(
@@ -114,15 +252,10 @@ def test_other_parameters_other_letters_or_other_code_are_prepared_anew(
 def test_a_failed_write_leaves_nothing(
     code: int, archive: Path, data_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[Path] = []
+    def finish(file: disk.RowFile) -> str:
+        raise OSError(code, "the disk said no")  # when some arrays are written already
 
-    def save(path: Path, array: Any) -> None:
-        calls.append(path)
-        if len(calls) == 3:  # some arrays are written already
-            raise OSError(code, "the disk said no")
-
-    monkeypatch.setattr(np, "save", save)
-    monkeypatch.setattr(prep, "_save", lambda path, array: save(path, array) or "0")
+    monkeypatch.setattr(disk.RowFile, "finish", finish)
     with pytest.raises(UserError, match="'the disk said no': make room or pass -P data_dir=FOLDER"):
         prep.prepare(**data_options | {"archive": str(archive)})
     assert list(Path(data_options["data_dir"]).iterdir()) == []

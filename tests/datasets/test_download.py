@@ -4,6 +4,7 @@ import json
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 from archives import member, write_archive
 
+from pipeline import disk
 from pipeline.datasets import _download
 from pipeline.datasets._download import FetchError, fetch, local_path
 from pipeline.spec import UserError
@@ -295,9 +297,27 @@ def test_too_large(
     server.content = (tmp_path / "bomb.zip").read_bytes()
     # Law: neither an archive nor a member may be larger than what does no harm.
     for limit, what in ((1_000, "an archive"), (1_000_000, min(WANTED))):
-        monkeypatch.setattr(_download, "MAX_BYTES", limit)
+        monkeypatch.setattr(disk, "MAX_BYTES", limit)
         with pytest.raises(UserError, match=f"{what} must not exceed {limit:,} bytes"):
             fetch(server.url, cache, WANTED.__contains__)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_no_room(
+    ranges: bool,
+    archive: Path,
+    server: "FileServer",
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server.ranges = ranges
+    usage = shutil.disk_usage(cache.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=270_000))
+    # Law: what has no room on the disk is not begun, whether it comes whole or in members.
+    with pytest.raises(UserError, match="only 270,000 are free on its disk: make room or set LETT"):
+        fetch(server.url, cache, WANTED.__contains__)
+    assert not local_path(server.url, cache).exists()
+    assert local_path(server.url, cache).with_suffix(".part").stat().st_blocks * 512 < 270_000
 
 
 def test_disk_full(archive: Path, server: "FileServer", cache: Path) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from archives import idx, member, write_archive
 
+from pipeline import disk
 from pipeline.datasets import _download, emnist_letters
 from pipeline.datasets.emnist_letters import source
-from pipeline.spec import UserError
+from pipeline.spec import Letters, Part, Stream, UserError
 
 if TYPE_CHECKING:
     from datasets.conftest import FileServer
@@ -24,10 +25,15 @@ SHARED = Path(__file__).parents[2] / "../shared/data/letters-emnist-layout.zip"
 N_TRAIN, N_TEST = 130, 52
 
 
+def whole(read: Letters) -> Letters:
+    """All letters of streams, in memory."""
+    return Letters(*(Part(np.concatenate(list(part.chunks())), part.labels) for part in read))
+
+
 def refuse(path: Path, *parts: str) -> None:
     """Assert that reading ``path`` fails with a sentence that holds all of ``parts``."""
     with pytest.raises(UserError) as caught:
-        source(str(path), None).read()
+        whole(source(str(path), None).read())
     sentence = str(caught.value)
     # Law: an error is one sentence that names the rule, what came and the cure.
     assert all(part in sentence for part in parts), sentence
@@ -37,7 +43,7 @@ def refuse(path: Path, *parts: str) -> None:
 def test_reads_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "tiny.zip"
     written = write_archive(path, N_TRAIN, N_TEST)
-    read = source(str(path), None).read()
+    read = whole(source(str(path), None).read())
     for (images, labels), (images_written, labels_written) in zip(read, written, strict=True):
         # Law: pictures come upright, though stored transposed, and labels 0..25, though 1..26.
         np.testing.assert_array_equal(images, images_written)
@@ -47,12 +53,16 @@ def test_reads_what_was_written(tmp_path: Path) -> None:
         assert images.flags.c_contiguous
 
 
-def test_more_rows_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(emnist_letters, "_BLOCK", 7)
+@pytest.mark.parametrize("n_rows", [1, 7, N_TRAIN - 1, N_TRAIN, N_TRAIN + 1])
+def test_chunks(n_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emnist_letters, "CHUNK", n_rows)
     written = write_archive(tmp_path / "tiny.zip", N_TRAIN, N_TEST)
-    # Law: reading block by block changes nothing.
     read = source(str(tmp_path / "tiny.zip"), None).read()
-    np.testing.assert_array_equal(read.train.images, written.train.images)
+    assert isinstance(read.train, Stream)
+    # Law: no more than a chunk is ever handed on, and nothing is changed by it.
+    assert max(map(len, read.train.chunks())) == min(n_rows, N_TRAIN)
+    np.testing.assert_array_equal(whole(read).train.images, written.train.images)
+    np.testing.assert_array_equal(read.train.labels, written.train.labels)
 
 
 def test_facts_pin_the_content(tmp_path: Path) -> None:
@@ -77,7 +87,7 @@ def test_source_reads_no_pixels(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not SHARED.exists(), reason=f"no archive of real handwriting at {SHARED}")
 def test_real_handwriting() -> None:
-    train, test = source(str(SHARED), None).read()
+    train, test = whole(source(str(SHARED), None).read())
     # Law: the counts are those of shared/data/README.md.
     assert train.images.shape == (55_035, 28, 28)
     assert test.images.shape == (7_800, 28, 28)
@@ -137,17 +147,36 @@ BAD_TRAIN = {
     "bomb": (
         "images-idx3",
         gzip.compress(b"\0\0\x08\x03\xff\xff\xff\xff\0\0\0\x1c\0\0\0\x1c"),
-        "must not exceed 2,000,000,000 bytes",
+        "must not exceed 16,000,000,000 bytes",
     ),
-    "a row short": ("labels-idx1", gzip.compress(b"\0\0\x08\x01\0\0\0\x02\1"), "fewer than 2 rows"),
+    "an image short": (
+        "images-idx3",
+        gzip.compress(b"\0\0\x08\x03\0\0\0\x82\0\0\0\x1c\0\0\0\x1c" + bytes(129 * 784)),
+        "fewer than 130 rows",
+    ),
+    "a pixel long": (
+        "images-idx3",
+        gzip.compress(b"\0\0\x08\x03\0\0\0\x82\0\0\0\x1c\0\0\0\x1c" + bytes(130 * 784 + 1)),
+        "more than 130 rows",
+    ),
+    "labels without end": (
+        "labels-idx1",
+        gzip.compress(b"\0\0\x08\x01\x7f\xff\xff\xff" + bytes(1000)),
+        "130 images and 2147483647 labels",
+    ),
+    "a row short": (
+        "labels-idx1",
+        gzip.compress(b"\0\0\x08\x01\0\0\0\x82\1"),
+        "fewer than 130 rows",
+    ),
     "a row long": (
         "labels-idx1",
-        gzip.compress(b"\0\0\x08\x01\0\0\0\x02\1\1\1"),
-        "more than 2 rows",
+        gzip.compress(b"\0\0\x08\x01\0\0\0\x82" + bytes(131)),
+        "more than 130 rows",
     ),
-    "counts": ("labels-idx1", idx(LABELS[1:]), "130 images, 129 labels"),
-    "label 0": ("labels-idx1", idx(LABELS - np.uint8(1)), "5 of those outside 1..26"),
-    "label 27": ("labels-idx1", idx(LABELS + np.uint8(1)), "5 of those outside 1..26"),
+    "counts": ("labels-idx1", idx(LABELS[1:]), "130 images and 129 labels"),
+    "label 0": ("labels-idx1", idx(LABELS - np.uint8(1)), "must be in 1..26"),
+    "label 27": ("labels-idx1", idx(LABELS + np.uint8(1)), "must be in 1..26"),
     "no Z in gate": (
         "labels-idx1",
         idx(np.minimum(LABELS, np.arange(130)[::-1] // 3 + 1).astype(np.uint8)),
@@ -177,7 +206,7 @@ def test_train_not_larger_than_test(tmp_path: Path) -> None:
 
 def test_member_that_declares_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_archive(tmp_path / "tiny.zip", N_TRAIN, N_TEST)
-    monkeypatch.setattr(_download, "MAX_BYTES", 1_000)
+    monkeypatch.setattr(disk, "MAX_BYTES", 1_000)
     refuse(tmp_path / "tiny.zip", "must not exceed 1,000 bytes", "tiny.zip")
 
 
@@ -203,7 +232,7 @@ def test_any_spoilt_byte(tmp_path: Path) -> None:
         path.write_bytes(spoilt)
         # Law: whatever a zip's heads say, there are letters or there is an error in a sentence.
         with suppress(UserError), warnings.catch_warnings(action="ignore"):
-            assert len(source(str(path), None).read().train.labels) == N_TRAIN
+            assert len(whole(source(str(path), None).read()).train.labels) == N_TRAIN
 
 
 def official(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +271,7 @@ def test_url(tmp_path: Path, server: "FileServer", cache: Path) -> None:
     server.content = (tmp_path / "tiny.zip").read_bytes()
     made = source(server.url, None)
     # Law: a URL gives the letters of the file behind it, under that file's name.
-    np.testing.assert_array_equal(made.read().train.images, written.train.images)
+    np.testing.assert_array_equal(whole(made.read()).train.images, written.train.images)
     # Law: the query of a URL, which may hold a password, is shown and stored nowhere.
     assert made.facts["archive"] == "gzip.zip"
     assert "secret" not in repr(made)

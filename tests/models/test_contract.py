@@ -13,8 +13,7 @@ import pytest
 from mlflow.models import Model
 from optuna.trial import create_trial
 
-from pipeline import cli, datasets, models, registry, tracking
-from pipeline.datasets import emnist_letters
+from pipeline import cli, models, prep, registry, tracking
 from pipeline.spec import Fitted, Part, UserError
 
 SMALL = {"epochs": 2, "batch_size": 32}  # for the models that have these
@@ -49,12 +48,11 @@ def fit(model: str, parts: dict[str, Part], last_step: int | None = None) -> Fit
 
 
 @pytest.fixture(scope="session")
-def parts(archive: Path) -> dict[str, Part]:
-    """400 letters to train on, 380 to look at; read-only, as the memory maps of the steps are."""
-    parts = datasets.split(emnist_letters.source(str(archive), None).read(), 400)
-    for array in (*parts["train"], *parts["val"]):
-        array.setflags(write=False)
-    return parts
+def parts(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Part]:
+    """400 letters to train on, 380 to look at."""
+    folder = str(tmp_path_factory.mktemp("data"))
+    data = prep.prepare("emnist_letters", str(archive), 400, folder)
+    return {part: data.part(part) for part in ("train", "val")}
 
 
 @pytest.fixture(scope="session", params=registry.names(models))

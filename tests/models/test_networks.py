@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,64 @@ def test_an_epoch_has_each_letter_once_and_in_another_order() -> None:
     assert (epochs[0] != epochs[1]).any()
     for epoch in epochs:
         assert sorted(map(bytes, epoch)) == sorted(map(bytes, IMAGES))
+
+
+@pytest.mark.parametrize("n_drawn", [59, 60])
+def test_every_epoch_shuffles_all_letters_in_memory_or_without(
+    n_drawn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_keras, "MAX_DRAWN", n_drawn)
+    found = list(_keras._rows(60, 25, seed=5).take(9))
+    again = list(_keras._rows(60, 25, seed=5).take(9))
+    other = list(_keras._rows(60, 25, seed=6).take(9))
+    assert [len(rows) for rows in found] == [25, 25, 10] * 3
+    epochs = [np.concatenate(found[i : i + 3]).tolist() for i in (0, 3, 6)]
+    # Law: each row once an epoch, never in the same order, and the seed decides it.
+    assert all(sorted(epoch) == list(range(60)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, list(range(60))]}) == 4
+    np.testing.assert_array_equal(np.concatenate(found), np.concatenate(again))
+    assert (np.concatenate(found) != np.concatenate(other)).any()
+
+
+def test_orders_that_are_computed_are_not_alike() -> None:
+    n_letters = _keras.MAX_DRAWN + 5_000
+    batches = iter(_keras._rows(n_letters, n_letters, seed=0))
+    orders = [next(batches).numpy() for _ in range(6)]
+    # Law: an order tells nothing of the next one, nor of the letters' own.
+    correlations = np.corrcoef([*orders, np.arange(n_letters)])
+    assert np.abs(correlations - np.eye(7)).max() < 0.02
+    assert all(len(np.unique(order)) == n_letters for order in orders)
+
+
+def anonymous_mb() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what memory is a process's own")
+def test_letters_on_disk_are_not_copied_into_memory(tmp_path: Path) -> None:
+    n_letters = 400_000  # 314 MB of pixels in a file with holes, which takes no room
+    images = np.lib.format.open_memmap(tmp_path / "images.npy", "w+", np.uint8, (n_letters, 28, 28))
+    images[n_letters - 1] = 7
+    del images
+    part = Part(np.load(tmp_path / "images.npy", mmap_mode="r"), np.zeros(n_letters, np.uint8))
+    list(_keras._batches(LETTERS, params_of("cnn", {}), 0).take(1))  # what TensorFlow itself takes
+    before = anonymous_mb()
+    found = iter(_keras._batches(part, params_of("cnn", {"batch_size": 1_000}), seed=0))
+    n_sevens = sum(int((next(found)[0].numpy() == 7).all(axis=(1, 2)).sum()) for _ in range(400))
+    assert n_sevens == 1
+    assert anonymous_mb() - before < 60
+
+
+@pytest.mark.parametrize("first", [0, 1, 4])
+def test_a_part_of_any_alignment_is_read_right(first: int, tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", IMAGES)
+    images = np.load(tmp_path / "images.npy", mmap_mode="r")[first:]
+    rows = np.array([0, 5, len(images) - 1])
+    tensor = _keras._tensor(images)
+    del images
+    np.testing.assert_array_equal(tensor.numpy()[rows], IMAGES[first:][rows])
+    np.testing.assert_array_equal(_keras._tensor(IMAGES.swapaxes(1, 2)), IMAGES.swapaxes(1, 2))
 
 
 def test_a_letter_is_distorted_anew_each_time_and_keeps_its_label() -> None:
