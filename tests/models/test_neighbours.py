@@ -1,5 +1,6 @@
 """Laws of the nearest neighbours: the search by chunks, the votes, deskewing, the embedding."""
 
+import resource
 from pathlib import Path
 
 import mlflow
@@ -9,7 +10,7 @@ from scipy.linalg import eigh
 from sklearn.kernel_approximation import RBFSampler
 from sklearn.neighbors import KNeighborsClassifier
 
-from pipeline.models import knn
+from pipeline.models import _memory, knn
 from pipeline.models._neighbours import (
     Embedding,
     Floats,
@@ -232,3 +233,102 @@ def test_a_stopped_fit_serves_what_it_predicts(change: dict[str, object], tmp_pa
     served = mlflow.pyfunc.load_model(str(tmp_path / "model")).predict(IMAGES)
     # Law: a model that has seen half of the letters is served with the embedding it was fitted by.
     np.testing.assert_allclose(served, fitted.predict(IMAGES), atol=1e-5)
+
+
+MANY = Part(
+    np.broadcast_to(IMAGES[:1], (60_000, 28, 28)), np.broadcast_to(LABELS[:1], (60_000,))
+)  # of which no byte is written
+FEW = Part(IMAGES, LABELS[: len(IMAGES)])
+DECK = {name: param.default for name, param in knn.PARAMS.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "n_features", "cure"),
+    [
+        ({}, 784, r"n_train=7653$"),
+        ({"features": "gradients"}, 648, r"n_train=9259$"),
+        (
+            {"kernel_components": 2000, "lda_shrinkage": 0.1},
+            2000,
+            r"or fewer -P kernel_components$",
+        ),
+    ],
+)
+def test_vectors_that_memory_does_not_hold(
+    change: dict[str, object], n_features: int, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_memory, "available", lambda: 30_000_000)
+    said = f"for {n_features} features of each of 60,000 letters, and this machine has 0.0 GB free"
+    # Law: it is said before any is taken, in a sentence; a sweep knows it for a lack of memory.
+    with pytest.raises(knn.TooLarge, match=f"{said}.*{cure}") as caught:
+        knn.fit(DECK | change, MANY, FEW, 0, lambda step, val_accuracy: True)
+    assert isinstance(caught.value, MemoryError)
+    # Law: the number of letters that it names does fit.
+    n_train = 30_000_000 // (4 * n_features)
+    knn._check_memory(DECK | change, n_train)
+
+
+def test_a_search_that_outlasts_its_grant_by_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [resource.RLIM_INFINITY, 1 << 30]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: tuple(limits))
+    monkeypatch.setattr(knn, "_seconds_to_first_report", lambda params, train, n_val: 1_000.0)
+    monkeypatch.setattr(knn.time, "process_time", lambda: 90.0)
+    # Law: without a grant nobody is held to a time, and what is short of it by little may try.
+    knn._check_time(DECK, MANY, 60)
+    limits[0] = 590
+    knn._check_time(DECK, MANY, 60)
+    limits[0] = 580
+    with pytest.raises(knn.TooLong, match="1,000 CPU-seconds .* 490 are left .* n_train=23520$"):
+        knn._check_time(DECK, MANY, 60)
+    # Law: few letters are not asked about; it would cost them more than it tells.
+    knn._check_time(DECK, FEW, 60)
+
+
+def test_a_prediction_grows_with_letters_and_their_features() -> None:
+    def predicted(n_letters: int, n_val: int, **change: object) -> float:
+        few = Part(MANY.images[:n_letters], MANY.labels[:n_letters])
+        return knn._seconds_to_first_report(DECK | change, few, n_val)
+
+    assert 0 < predicted(2_000, 100) < predicted(60_000, 10_000)
+    assert predicted(60_000, 100) < predicted(
+        60_000, 100, lda_shrinkage=0.1, kernel_components=4000, features="gradients"
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 8_192_000),
+        ({"memory.max": "max\n"}, 8_192_000),
+        (
+            {
+                "memory.max": "5000000\n",
+                "memory.current": "3000000\n",
+                "memory.stat": "anon 9\ninactive_file 600000\nactive_file 400000\n",
+            },
+            3_000_000,
+        ),
+        (
+            {
+                "memory/memory.limit_in_bytes": "5000000\n",
+                "memory/memory.usage_in_bytes": "4000000\n",
+                "memory/memory.stat": "total_inactive_file 500000\ntotal_active_file 0\n",
+            },
+            1_500_000,
+        ),
+    ],
+)
+def test_memory_that_is_free_in_a_container(
+    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(_memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(_memory, "CGROUP", tmp_path)
+    assert _memory.available() == expected
+
+
+def test_what_this_machine_has_free_is_less_than_it_has() -> None:
+    assert 0 < _memory.available() < 1 << 45
