@@ -52,6 +52,7 @@ from pipeline.spec import LETTERS, SIDE, Dataset, Fitted, Images, UserError
 
 BUSY = (429, 500, 502, 503, 504)  # what a server answers that may do better soon
 PATIENCE = 5  # times that it is asked again, after 0, 2, 4, 8 and 16 seconds
+ATTEMPTS = 3  # to log a model with a server that breaks down
 REQUEST = "request"  # tag: what tells one run that was asked for twice from two runs
 NOTE = "mlflow.note.content"  # the tag that the MLflow UI shows as description
 # Unnamed: MLflow would hand named tensors on as a dict.
@@ -188,16 +189,19 @@ class Run:
 
     @charge("tracking")
     def log_model(self, fitted: Fitted, example: Images, step: int) -> LoggedModel:
-        """Log a model, once: MLflow asks again where a server's answer was lost.
+        """Log a model, once, though MLflow asks again where a server's answer was lost.
 
-        It then makes a second model, and leaves the first PENDING; or the server refuses to note
-        twice whose output a model is.
+        The server then makes a second model, and the first stays PENDING; or it refuses to note
+        twice whose output a model is, and the model has FAILED.
         """
-        try:
-            model = self._log_model(fitted, example, step)
-        except mlflow.MlflowException:
-            if not self._drop_half_made():
-                raise
+        for _ in range(ATTEMPTS - 1):
+            try:
+                model = self._log_model(fitted, example, step)
+                break
+            except mlflow.MlflowException:
+                if not self._drop_half_made():
+                    raise
+        else:
             model = self._log_model(fitted, example, step)
         self._drop_half_made()
         return model
@@ -208,7 +212,7 @@ class Run:
             return 0  # no answer is lost where there is no server
         mine = f"source_run_id = '{self.id}'"
         found = self.client.search_logged_models([self.experiment_id], mine)
-        half_made = [one for one in found if one.status == LoggedModelStatus.PENDING]
+        half_made = [one for one in found if one.status != LoggedModelStatus.READY]
         for one in half_made:
             self.client.delete_logged_model(one.model_id)
         return len(half_made)

@@ -70,10 +70,13 @@ HOPS = {"connection", "transfer-encoding", "content-encoding", "content-length",
 
 
 @contextmanager
-def faulty(uri: str, fault: Callable[[str, str], Fault], seconds: float = 0.0) -> Iterator[str]:
-    """A way to the server at ``uri`` that is slow and breaks down, as ``fault(method, path)`` says.
+def faulty(
+    uri: str, fault: Callable[[str, str, bytes], Fault], seconds: float = 0.0
+) -> Iterator[str]:
+    """A way to the server at ``uri`` that is slow and breaks down; gives its address.
 
-    Gives its address. It answers 503 where the server is not asked, 500 where an answer is lost.
+    ``fault`` says what happens to a request, by its method, path and body: it is answered by 503
+    where the server is not asked, and by 500 where the server's answer is lost.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -81,7 +84,7 @@ def faulty(uri: str, fault: Callable[[str, str], Fault], seconds: float = 0.0) -
 
         def forward(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            what = fault(self.command, self.path)
+            what = fault(self.command, self.path, body)
             time.sleep(seconds)
             if what == "refuse":
                 self.answer(503, b"busy", {})

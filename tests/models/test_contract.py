@@ -3,8 +3,15 @@
 The tests of one model share its fits: one whole, one stopped after its first step.
 """
 
+import io
+import pickle
+import pickletools
+import struct
 import subprocess
 import sys
+import warnings
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +24,21 @@ from pipeline import cli, models, prep, registry, tracking
 from pipeline.spec import Fitted, Part, UserError
 
 SMALL = {"epochs": 2, "batch_size": 32}  # for the models that have these
+# All doors of pickle are shut before a model is loaded; what is imported may use them before.
 SERVE = """
 import importlib.util
+import pickle
+import cloudpickle
 import mlflow.pyfunc
 import numpy as np
+from mlflow.models import Model
+if "keras" in Model.load("whole").flavors:
+    import mlflow.keras
+def shut(*given, **named):
+    raise AssertionError("something was unpickled")
+for door in ("load", "loads", "Unpickler", "_load", "_loads"):
+    setattr(pickle, door, shut)
+cloudpickle.load = cloudpickle.loads = shut
 images = np.load("images.npy")
 for fit in ("whole", "stopped"):
     model = mlflow.pyfunc.load_model(fit)
@@ -142,23 +160,83 @@ def test_serves_without_the_project(
     np.save(tmp_path / "images.npy", images)
     fits = {"whole": whole.fitted, "stopped": stopped.fitted}
     for name, fitted in fits.items():
-        fitted.save_model(
-            path=str(tmp_path / name),
-            mlflow_model=Model(),
-            signature=tracking.SIGNATURE,
-            input_example=images[:2],
-            pip_requirements=tracking.requirements(fitted.requirements),
-        )
+        _save(fitted, tmp_path / name, images)
     done = subprocess.run(
         [sys.executable, "-I", "-c", SERVE], cwd=tmp_path, capture_output=True, text=True
     )
-    # Law: a saved model loads and answers where the project cannot be imported.
+    # Law: a saved model loads and answers where the project cannot be imported, and nothing be
+    # unpickled.
     assert done.returncode == 0, done.stderr
     for name, fitted in fits.items():
         served = np.load(tmp_path / f"{name}.npz")
         # Law: it answers as the model did that was saved, be it asked for many letters or one.
         np.testing.assert_allclose(served["all"], fitted.predict(images), atol=1e-5)
         np.testing.assert_allclose(served["one"], served["all"][:1], atol=1e-5)
+
+
+def _save(fitted: Fitted, folder: Path, images: Any) -> None:
+    fitted.save_model(
+        path=str(folder),
+        mlflow_model=Model(),
+        signature=tracking.SIGNATURE,
+        input_example=images[:2],
+        pip_requirements=tracking.requirements(fitted.requirements),
+    )
+
+
+def _files(data: bytes, name: str) -> Iterator[tuple[str, bytes]]:
+    """A file and, where it is a zip, all that it holds."""
+    yield name, data
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            for member in archive.namelist():
+                yield from _files(archive.read(member), f"{name}/{member}")
+
+
+def _is_pickle(data: bytes) -> bool:
+    """Whether it can be read as a pickle from its first byte on."""
+    with warnings.catch_warnings():  # of text that is taken for one
+        warnings.simplefilter("ignore")
+        try:
+            return bool(list(pickletools.genops(data)))
+        except (ValueError, IndexError, struct.error):
+            return False
+
+
+def test_what_a_pickle_is() -> None:
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert _is_pickle(pickle.dumps({"a": [Path("b")]}, protocol))
+    assert not _is_pickle(b"PK no pickle")
+
+
+def test_holds_no_pickle(whole: Fit, parts: dict[str, Part], tmp_path: Path) -> None:
+    _save(whole.fitted, tmp_path / "model", parts["val"].images)
+    # Law: no file of a saved model is a pickle, nor any inside of one.
+    for path in (tmp_path / "model").rglob("*"):
+        for name, data in _files(path.read_bytes(), path.name) if path.is_file() else ():
+            assert not _is_pickle(data), name
+            if name.endswith(".npy"):
+                np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def test_code_in_a_network_is_not_run(
+    model: str, whole: Fit, parts: dict[str, Part], tmp_path: Path
+) -> None:
+    """Law: Keras's safe mode holds; what a Lambda layer has marshalled is never called."""
+    _save(whole.fitted, tmp_path / "model", parts["val"].images)
+    nets = list((tmp_path / "model").rglob("*.keras"))
+    if "keras" not in Model.load(str(tmp_path / "model")).flavors:
+        assert not nets
+        return
+    import keras
+    import mlflow
+
+    (net,) = nets
+    given = keras.Input((28, 28), dtype="uint8")
+    evil = keras.layers.Lambda(lambda x: x, output_shape=(28, 28))
+    keras.Model(given, evil(given)).save(net)
+    with pytest.raises(ValueError, match="unsafe|safe_mode|deserializ"):
+        mlflow.pyfunc.load_model(str(tmp_path / "model"))
 
 
 def test_a_model_is_a_file(add_member: Any) -> None:
