@@ -296,7 +296,7 @@ def test_no_secret_leaves_the_environment(
         "folder": [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()],
     }
     # What is no secret is found in each of them, so that a secret would be.
-    known = {"database": study, "artifacts": "spoilt", "output": "spoilt", "folder": study}
+    known = {"database": study, "artifacts": "spoilt", "output": "spoilt", "folder": "letters:***@"}
     for place, files in places.items():
         texts = [text for data in files for text in _texts(data)]
         assert any(known[place].encode() in text for text in texts), place
