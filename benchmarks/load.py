@@ -419,7 +419,7 @@ def picture(table: pd.DataFrame) -> Figure:
         label = str(name).removesuffix("_ms").removesuffix("_cpu").replace("_", " ")
         (line,) = axes.plot(busy["n_runs"], busy[name], label=label)
         axes.plot(quiet["n_runs"], quiet[name], "o", color=line.get_color())
-    left.set(xlabel="child runs", ylabel="ms a call, median", ylim=(0, None))
+    left.set(xlabel="child runs", ylabel="ms a call, median", yscale="log")
     right.set(xlabel="child runs", ylabel="CPU-ms a run", ylim=(0, None))
     left.set_title("A client's calls (dots: alone)", fontsize=10)
     right.set_title("The server's parts (dots: alone)", fontsize=10)
