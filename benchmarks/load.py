@@ -413,7 +413,7 @@ def load(
 def picture(table: pd.DataFrame) -> Figure:
     """Time of a trial's calls and CPU of the server's parts, by the number of runs."""
     busy, quiet = table[~table["alone"]], table[table["alone"]]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for name in [name for name in table if str(name).endswith("_ms") and table[name].notna().any()]:
         axes = right if str(name).endswith("_cpu_ms") else left
         label = str(name).removesuffix("_ms").removesuffix("_cpu").replace("_", " ")
@@ -424,7 +424,7 @@ def picture(table: pd.DataFrame) -> Figure:
     left.set_title("A client's calls (dots: alone)", fontsize=10)
     right.set_title("The server's parts (dots: alone)", fontsize=10)
     for axes in (left, right):
-        axes.legend(fontsize=7, ncols=2)
+        axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     return figure
 
 
