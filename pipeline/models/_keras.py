@@ -5,7 +5,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,6 @@ WHOLE_EPOCHS = 10  # from so many on letters are distorted with full strength
 # Of so many letters the order is drawn in memory, 200 bytes each; of more it is computed.
 MAX_DRAWN = 1 << 17
 ROUNDS = 16  # of the cipher that computes it; with the usual 4 the orders of epochs are correlated
-ALIGNMENT = 64  # bytes; TensorFlow's kernels abort on memory that begins elsewhere
 WARM_UP = 0.1  # share of the schedule in which the learning rate rises
 
 
@@ -123,16 +121,21 @@ def _optimizer(params: Params, n_batches: int) -> keras.optimizers.Optimizer:
 
 def _batches(train: Part, params: Params, seed: int) -> tf.data.Dataset:
     """Endless batches of letters, each epoch in another order, distorted anew each time."""
-    images, labels = (_tensor(array) for array in train)
     # A short fit does not overfit: it learns more from letters as they are.
     strength = params["augment"] * min(1.0, params["epochs"] / WHOLE_EPOCHS)
 
+    def read(rows: npt.NDArray[np.int64]) -> Part:
+        return Part(train.images[rows], train.labels[rows])
+
     @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
     def batch(rows: Any, key: Any) -> tuple[Any, Any]:
-        letters = tf.gather(images, rows)
+        # A tensor of all letters would be a copy of them, and tf.data's optimiser makes another.
+        letters, labels = tf.numpy_function(read, [rows], (tf.uint8, tf.uint8), stateful=False)
+        letters.set_shape((None, *train.images.shape[1:]))
+        labels.set_shape((None,))
         if strength:
             letters = _distort.distort(letters, strength, key)
-        return letters, tf.one_hot(tf.gather(labels, rows), len(LETTERS))
+        return letters, tf.one_hot(labels, len(LETTERS))
 
     rows = _rows(len(train.labels), params["batch_size"], seed)
     keys = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).batch(2)
@@ -160,18 +163,6 @@ def _rows(n_letters: int, batch_size: int, seed: int) -> tf.data.Dataset:
         )
 
     return tf.data.Dataset.counter().flat_map(shuffled)
-
-
-def _tensor(array: npt.NDArray[np.uint8]) -> Any:
-    """A tensor that lies where ``array`` lies: of a memory-mapped part no byte is copied.
-
-    It goes by DLPack, for which numpy wants an array that may be written; nothing writes to it.
-    """
-    if not array.flags.c_contiguous or array.ctypes.data % ALIGNMENT:  # it is in memory anyway
-        return tf.constant(np.asarray(array))
-    there = array.__array_interface__ | {"data": (array.ctypes.data, False)}  # not read-only
-    alias = np.asarray(SimpleNamespace(__array_interface__=there, array=array))  # keeps it alive
-    return tf.experimental.dlpack.from_dlpack(alias.__dlpack__())
 
 
 def _charge_first_call(net: Any, name: str, charged: AbstractContextManager[Any]) -> None:

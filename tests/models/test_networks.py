@@ -154,20 +154,9 @@ def test_letters_on_disk_are_not_copied_into_memory(tmp_path: Path) -> None:
     part = Part(np.load(tmp_path / "images.npy", mmap_mode="r"), np.zeros(n_letters, np.uint8))
     list(_keras._batches(LETTERS, params_of("cnn", {}), 0).take(1))  # what TensorFlow itself takes
     before = anonymous_mb()
-    found = iter(_keras._batches(part, params_of("cnn", {"batch_size": 1_000}), seed=0))
-    assert [next(found)[0].shape[0] for _ in range(20)] == [1_000] * 20
+    found = iter(_keras._batches(part, params_of("cnn", {"batch_size": 32}), seed=0))
+    assert [next(found)[0].shape[0] for _ in range(20)] == [32] * 20
     assert anonymous_mb() - before < 60
-
-
-@pytest.mark.parametrize("first", [0, 1, 4])
-def test_a_part_of_any_alignment_is_read_right(first: int, tmp_path: Path) -> None:
-    np.save(tmp_path / "images.npy", IMAGES)
-    images = np.load(tmp_path / "images.npy", mmap_mode="r")[first:]
-    rows = np.array([0, 5, len(images) - 1])
-    tensor = _keras._tensor(images)
-    del images
-    np.testing.assert_array_equal(tensor.numpy()[rows], IMAGES[first:][rows])
-    np.testing.assert_array_equal(_keras._tensor(IMAGES.swapaxes(1, 2)), IMAGES.swapaxes(1, 2))
 
 
 def test_a_letter_is_distorted_anew_each_time_and_keeps_its_label() -> None:
