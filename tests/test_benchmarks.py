@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks import arms, peers
+from benchmarks import arms, peers, scale
 from pipeline import prep
 from pipeline.models import cnn
 
@@ -157,3 +157,15 @@ def test_a_table_has_a_row_for_each_arm_the_best_first() -> None:
     assert list(table["test_std"]) == pytest.approx([0.01, 0.01])
     (axes,) = peers.picture(table).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["random", "ours"]
+
+
+def test_a_synthesised_archive_is_one_of_drawn_letters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scale, "N_DRAWN", 104)
+    scale.synthesise(tmp_path / "drawn.zip", 1_300)
+    data = prep.prepare("emnist_letters", str(tmp_path / "drawn.zip"), None, str(tmp_path))
+    assert sum(data.facts["counts"].values()) == 1_300
+    images = data.part("train").images
+    # Law: copies are not the same letter again.
+    assert len(np.unique(images.reshape(len(images), -1), axis=0)) > 0.95 * len(images)
