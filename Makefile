@@ -11,10 +11,14 @@ STORE = $(if $(MLFLOW_TRACKING_URI),,mlflow.db)
 MODEL ?= cnn
 CPU_MINUTES ?= 10
 
-.PHONY: demo test venv sweep ui lint lock
+.PHONY: demo cluster-demo test venv sweep ui lint lock
 
 demo: venv
 	$(RUN) -P dataset=strokes -P n_train=8000 -P cpu_minutes=2
+
+# PostgreSQL's server must be installed; all else comes from the locks.
+cluster-demo: $(BIN)/.dev
+	$(BIN)/python -m benchmarks.cluster_demo
 
 sweep: venv
 	$(RUN) -e sweep -P model=$(MODEL) -P cpu_minutes=$(CPU_MINUTES)

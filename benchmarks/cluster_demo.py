@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,21 +67,20 @@ def sweep(
 
     Gives the CPU-seconds of driver and workers, by the kernel.
     """
-    before, killed, status, done = workers.cpu_seconds(), False, 0, 0
-    driver = subprocess.Popen(command, env=environment, cwd=folder)
-    while not done:
-        time.sleep(0.2)
-        done, status, usage = os.wait4(driver.pid, os.WNOHANG)
-        spent = workers.cpu_seconds() - before
+    killed: list[str] = []
+
+    def look(spent: float) -> None:
         victim = next((name for name in workers.nannies if workers.trials(name)), None)
         if spent > half and victim and not killed:
             print(f"kill -9 of {victim}, {spent:.0f} CPU-s into the sweep", flush=True)
             workers.kill(victim)
-            killed = True
-    driver.returncode = os.waitstatus_to_exitcode(status)
+            killed.append(victim)
+
+    driver = subprocess.Popen(command, env=environment, cwd=folder)
+    spent = workers.used(driver, look)
     if driver.returncode or not killed:
-        raise SystemExit(f"the sweep ended with {driver.returncode}, worker killed: {killed}")
-    return workers.cpu_seconds() - before + usage.ru_utime + usage.ru_stime
+        raise SystemExit(f"the sweep ended with {driver.returncode}, killed: {killed}")
+    return spent
 
 
 def check(kernel: float, environment: dict[str, str], folder: Path) -> dict[str, Any]:

@@ -132,17 +132,6 @@ def _end(driver: "subprocess.Popen[str]") -> str:
     return text
 
 
-def _spent(driver: "subprocess.Popen[str]", workers: Any) -> float:
-    """Wait for a driver; its CPU-seconds and those of the workers meanwhile, by the kernel."""
-    before, (done, usage) = workers.cpu_seconds(), (0, None)
-    while not done:
-        done, status, usage = os.wait4(driver.pid, os.WNOHANG)
-        workers.cpu_seconds()
-        time.sleep(0.2)
-    driver.returncode = os.waitstatus_to_exitcode(status)
-    return float(workers.cpu_seconds() - before + usage.ru_utime + usage.ru_stime)
-
-
 def _kill_in_a_fit(site: Site, name: str) -> None:
     site.held(name)
     site.workers.kill(name)
@@ -156,7 +145,7 @@ def test_a_killed_worker_s_trial_is_billed_and_tried_once_more(
     driver = site.type(n_trials=8)
     killer = threading.Thread(target=_kill_in_a_fit, args=(site, names[0]))
     killer.start()
-    spent = _spent(driver, site.workers)
+    spent = site.workers.used(driver, lambda _: None)
     killer.join()
     text = _end(driver)
     parent = site.sweep()
@@ -183,7 +172,7 @@ def test_a_killed_worker_s_trial_is_billed_and_tried_once_more(
     assert len({run.data.tags["worker"] for run in trials.values()}) >= 2
     # The kernel's account of driver and workers, and the ledger's.
     billed = parent.data.metrics["cpu_seconds"]
-    assert billed == pytest.approx(spent, rel=0.01, abs=3.0)
+    assert billed == pytest.approx(spent, rel=0.01, abs=2.0)
     # Letters are kept on the server once; nobody needs gate or test there.
     (kept,) = runs(site.store, "publish")
     files = {item.path for item in site.store.list_artifacts(kept.info.run_id, "letters")}
