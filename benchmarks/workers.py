@@ -71,17 +71,15 @@ class Workers:
             time.sleep(0.1)
 
     def process(self, name: str) -> int:
-        """The worker's process; the nanny's other child only tracks resources."""
-        return max(processes.children(self.nannies[name].pid), key=processes.cpu_seconds)
+        """The worker's process, 0 where there is none; its nanny's other child is a tracker."""
+        found = processes.children(self.nannies[name].pid)
+        return max(found, key=processes.cpu_seconds, default=0)
 
     def trials(self, name: str) -> list[int]:
-        """Processes that a worker's nursery has forked."""
-        nurseries = [
-            pid
-            for pid in processes.children(self.process(name))
-            if b"sweeps.nursery" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
-        return [pid for nursery in nurseries for pid in processes.children(nursery)]
+        """Processes that a worker's nursery has forked for trials."""
+        nurseries = filter(_is_nursery, processes.children(self.process(name)))
+        forks = [pid for nursery in nurseries for pid in processes.children(nursery)]
+        return list(filter(_is_nursery, forks))  # not the programs that it runs while it loads
 
     def kill(self, name: str) -> None:
         """kill -9 of a worker; its nanny will start another one."""
@@ -105,8 +103,8 @@ class Workers:
     def n_drivers(self) -> list[int]:
         """Sweeps that have come to the cluster, and those that have left it."""
         lines = (self.folder / "scheduler.log").read_text().splitlines()
-        said = "Receive client connection: letters", "Remove client letters"
-        return [sum(words in line for line in lines) for words in said]
+        said = "Receive client connection", "Remove client"
+        return [sum(words in line and "Client-letters" in line for line in lines) for words in said]
 
     def used(self, driver: subprocess.Popen[bytes], each: Callable[[float], None]) -> float:
         """CPU-seconds of a driver, and of the workers while it is at the cluster, by the kernel.
@@ -149,3 +147,10 @@ def _below(nanny: "subprocess.Popen[bytes]") -> float:
     """CPU-seconds of a nanny's descendants, dead and alive."""
     ended = sum(map(int, owner.stat(nanny.pid)[13:15])) / _TICK
     return ended + sum(map(processes.cpu_seconds, processes.tree(nanny.pid)[1:]))
+
+
+def _is_nursery(pid: int) -> bool:
+    """Whether a process is a nursery or a fork of one."""
+    with suppress(OSError):
+        return b"sweeps.nursery" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False

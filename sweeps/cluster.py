@@ -134,9 +134,9 @@ class Cluster:
             if attempt.token:
                 self._deliver(attempt.worker, attempt.token, {"end": True})
                 self.live[trial] = _unseen(attempt, self.live[trial], UNSEEN_CPU_SECONDS)
-        self.senders.shutdown(wait=not self.attempts, cancel_futures=False)
         if self.attempts:
             time.sleep(host.BEAT_SECONDS)  # for the last messages to get away
+        self.senders.shutdown(wait=False, cancel_futures=True)  # a worker may hang
         self.client.close(timeout=CONNECT_SECONDS)
 
     # ---- who is there

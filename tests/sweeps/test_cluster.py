@@ -54,10 +54,15 @@ class Site:
 
     def held(self, name: str) -> int:
         """Wait for a trial of a worker, which waits in its first step; its process."""
-        assert wait(lambda: bool(self.workers.trials(name)), 120)
-        time.sleep(2 * host.BEAT_SECONDS)  # it has told of itself
-        (trial,) = self.workers.trials(name)
-        return int(trial)
+        seen: list[int] = []
+
+        def lasts() -> bool:
+            seen[:] = self.workers.trials(name)
+            time.sleep(2 * host.BEAT_SECONDS)  # so that it has told of itself
+            return bool(seen) and seen == self.workers.trials(name)
+
+        assert wait(lasts, 120)
+        return seen[0]
 
     def options(self, model: str = "toy", **more: object) -> list[str]:
         data = {"dataset": "emnist_letters", "archive": self.archive, "n_train": N_TRAIN}
