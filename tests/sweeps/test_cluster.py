@@ -1,5 +1,6 @@
 """Trials on a real Dask cluster of processes on this machine, at a real MLflow server."""
 
+import datetime
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,15 @@ class Site:
         more = {"scheduler": self.workers.address, "cpu_minutes": 10, "workers": "auto"} | more
         return arguments(data | SWEEP | {"model": model} | more)
 
-    def type(self, n_trials: int, **more: object) -> "subprocess.Popen[str]":
+    def type(
+        self, n_trials: int, environment: Mapping[str, str] = os.environ
+    ) -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            [sys.executable, "-c", STEP, *self.options(**more)],
+            [sys.executable, "-c", STEP, *self.options()],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"N_TRIALS": str(n_trials)},
+            env={**environment, "N_TRIALS": str(n_trials)},
         )
 
     def sweep(self) -> Any:
@@ -279,6 +282,61 @@ def test_the_option_scheduler_is_checked() -> None:
     for bad in ("dask", "host:8786", "tcp://host", "tcp://me:secret@host:8786", ""):
         with pytest.raises(UserError, match="scheduler must be 'local' or the address"):
             scheduler("scheduler", bad)
+
+
+# ---- TLS
+
+
+@pytest.fixture
+def certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One certificate for scheduler, workers and driver, in Dask's configuration."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "letters")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    (tmp_path / "mine.pem").write_bytes(certificate.public_bytes(pem))
+    private = serialization.PrivateFormat.PKCS8
+    (tmp_path / "mine.key").write_bytes(
+        key.private_bytes(pem, private, serialization.NoEncryption())
+    )
+    comm = "DASK_DISTRIBUTED__COMM__"
+    monkeypatch.setenv(f"{comm}REQUIRE_ENCRYPTION", "true")
+    monkeypatch.setenv(f"{comm}TLS__CA_FILE", str(tmp_path / "mine.pem"))
+    for role in ("SCHEDULER", "WORKER", "CLIENT"):
+        monkeypatch.setenv(f"{comm}TLS__{role}__CERT", str(tmp_path / "mine.pem"))
+        monkeypatch.setenv(f"{comm}TLS__{role}__KEY", str(tmp_path / "mine.key"))
+
+
+def test_a_cluster_with_tls_serves_who_has_a_certificate(
+    site: Site, certificates: None, tmp_path: Path
+) -> None:
+    workers, plain = Workers(tmp_path, os.environ, tls=True), site.workers
+    try:
+        assert workers.address.startswith("tls://")
+        workers.add("guarded")
+        site.workers = workers
+        _end(site.type(n_trials=3))
+        assert len(site.trials(site.sweep())) == 3
+        bare = {name: text for name, text in os.environ.items() if "__TLS__" not in name}
+        stranger = site.type(n_trials=3, environment=bare)
+        text, _ = stranger.communicate(timeout=120)
+        assert stranger.returncode == 2
+        assert "error: scheduler must be 'local' or the address of a Dask scheduler" in text
+    finally:
+        site.workers = plain
+        workers.stop()
 
 
 # ---- the letters, on the workers
