@@ -12,7 +12,14 @@ from stores import N_TRAIN, AddMember, members, open_store
 from benchmarks import services
 
 # The files of a minute of CPU and more, the dearest first.
-DEAR = ("test_crash.py", "test_sweep.py", "test_mlproject.py", "test_reproduce.py")
+DEAR = (
+    "test_crash.py",
+    "test_sweep.py",
+    "test_mlproject.py",
+    "test_cluster.py",
+    "test_server.py",
+    "test_reproduce.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
