@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,7 @@ class Cluster:
         self.attempts: dict[int, _Attempt] = {}
         self.owns: dict[str, Mapping[str, float]] = {}  # attempt: what it cost beside its trial
         self.ended = 0.0  # CPU-seconds of ended trials
+        self.hosting = 0.0  # CPU-seconds of the workers themselves
         self.threads: dict[str, int] = {}  # of the workers that are there
         self.checks: dict[str, Future[Any]] = {}  # what they answered, asked for their facts
         self.good: set[str] = set()
@@ -69,7 +70,8 @@ class Cluster:
         self.client.subscribe_topic(self.sweep, self._note)
         self.executor = self.client.get_executor(pure=False)
         self.closed = threading.Event()
-        threading.Thread(target=self._live, daemon=True).start()
+        self.pulse = threading.Thread(target=self._live, daemon=True)
+        self.pulse.start()
         try:
             self._gather(address)
         except UserError:
@@ -115,7 +117,7 @@ class Cluster:
 
     def cpu_seconds(self) -> float:
         """What workers and their nurseries have spent on this sweep, ended trials included."""
-        return self.ended + sum(sum(own.values()) for own in self.owns.values())
+        return self.ended + self.hosting + sum(sum(own.values()) for own in self.owns.values())
 
     def elsewhere(self) -> float:
         """All that: none of it is in the kernel's account of this process."""
@@ -129,6 +131,7 @@ class Cluster:
     def close(self) -> None:
         """End what runs, and leave the cluster to others."""
         self.closed.set()
+        self.pulse.join(2 * HEAR_SECONDS)
         for trial, attempt in self.attempts.items():
             attempt.future.cancel()
             if attempt.token:
@@ -211,18 +214,21 @@ class Cluster:
         )
 
     def _live(self) -> None:
-        """Tell the workers that this driver lives, as long as it does."""
+        """Tell the workers that this driver lives, as long as it does, and what they spend."""
         pending: dict[str, Future[Any]] = {}
-        while not self.closed.wait(HEAR_SECONDS):
+        going = True
+        while going:
+            going = not self.closed.wait(HEAR_SECONDS)  # once more in the end
             for worker in list(self.good):
-                if worker not in pending or pending[worker].done():
+                if worker not in pending:
                     pending[worker] = self.senders.submit(
-                        self.client.run,
-                        host.hear,
-                        self.sweep,
-                        workers=[worker],
-                        on_error="ignore",
+                        self.client.run, host.hear, self.sweep, workers=[worker]
                     )
+            done, _ = wait(pending.values(), timeout=HEAR_SECONDS)
+            for worker in [name for name, asked in pending.items() if asked in done]:
+                asked = pending.pop(worker)
+                if not asked.exception():  # it has died meanwhile
+                    self.hosting += sum(asked.result().values())
 
     def _note(self, event: tuple[float, Message]) -> None:
         self.heard.put((time.monotonic(), event[1]))

@@ -28,6 +28,7 @@ PACKAGES = ("distributed", "keras", "mlflow", "numpy", "optuna", "scikit-learn",
 
 _inboxes: dict[str, "queue.SimpleQueue[Message]"] = {}  # of the attempts that this worker hosts
 _heard: dict[str, float] = {}  # sweep: when its driver was heard last
+_claimed = 0.0  # CPU-seconds of this process that are charged already, or were spent before
 _mine = threading.local()  # of each thread: its nursery, and when it was used last
 
 
@@ -37,8 +38,8 @@ _mine = threading.local()  # of each thread: its nursery, and when it was used l
 def enlist(sweep: str) -> dict[str, str]:
     """From here on this worker is a sweep's, and what it spends too; its facts."""
     if not _served():
-        _Meter.restart()
-    hear(sweep)
+        _claim()  # what was spent up to here is no sweep's
+    _heard[sweep] = time.monotonic()
     return facts()
 
 
@@ -67,9 +68,20 @@ def _served() -> bool:
     return any(time.monotonic() - when < SILENCE_SECONDS for when in _heard.values())
 
 
-def hear(sweep: str) -> None:
-    """The driver of a sweep lives."""
+def hear(sweep: str) -> float:
+    """The driver of a sweep lives; gives what this process has spent since this was asked last.
+
+    In CPU-seconds; of several sweeps that a worker serves, the one that asks is charged.
+    """
     _heard[sweep] = time.monotonic()
+    return _claim()
+
+
+def _claim() -> float:
+    global _claimed
+    now = time.process_time()
+    spent, _claimed = now - _claimed, now
+    return spent
 
 
 # ---- a task of the cluster, in a thread of a worker
@@ -87,7 +99,7 @@ def host(sweep: str, order: Message) -> None:
     named = {"trial": order["trial"], "attempt": attempt, "worker": get_worker().address}
     say = partial(_say, get_worker().log_event, sweep, named)
     _inboxes[attempt] = inbox
-    hear(sweep)
+    _heard[sweep] = time.monotonic()
     try:
         say({"asks": True})
         with suppress(queue.Empty):
@@ -152,32 +164,15 @@ def _nursery(body: str, preload: Sequence[str]) -> Nursery:
 
 
 class _Meter:
-    """CPU-seconds of an attempt beside its trial: the nursery's, and this worker's.
-
-    Attempts side by side in one worker share what it spends, and what it has spent since the last
-    one before them: who looks first is charged.
-    """
-
-    _lock = threading.Lock()
-    _claimed = 0.0  # of this process: what is charged already, or was spent before
-
-    @classmethod
-    def restart(cls) -> None:
-        """What was spent up to here is no sweep's."""
-        with cls._lock:
-            cls._claimed = time.process_time()
+    """CPU-seconds of an attempt beside its trial: those of the nursery."""
 
     def __init__(self, nursery: Nursery) -> None:
         """Count a nursery from here on; a new one from its beginning."""
-        self.spent, self.nursery = 0.0, nursery
+        self.nursery = nursery
         self.before, self.imported_before = nursery.cpu_seconds(), nursery.imported
 
     def bill(self, trial: float) -> dict[str, Any]:
         """So far, by cause; an ended trial's CPU-seconds are in the nursery's and taken out."""
-        with self._lock:
-            now = time.process_time()
-            self.spent += now - _Meter._claimed
-            _Meter._claimed = now
         own = self.nursery.cpu_seconds() - self.before - trial
         imported = min(self.nursery.imported - self.imported_before, own)
-        return {"import": imported, "engine": self.spent + own - imported}
+        return {"import": imported, "engine": own - imported}
