@@ -40,7 +40,7 @@ def site(folder: Path, n_workers: int) -> Iterator[tuple[TrackingServer, Workers
         environment = os.environ | server.client_environment
         environment |= {
             "PYTHONPATH": str(PROJECT),
-            "XDG_CACHE_HOME": str(folder / "cache"),  # as on a machine that has no letters yet
+            "LETTERS_CACHE": str(folder / "cache"),  # as on a machine that has no letters yet
             "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         }
         workers = Workers(folder, environment)

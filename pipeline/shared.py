@@ -69,8 +69,8 @@ def fetch(letters: Mapping[str, Any]) -> Dataset:
     there = Path(letters["root"])
     if _holds(there, facts):
         return Dataset(there, facts)
-    cache = user_cache_path("letters") / "shared"
-    root = cache / f"{facts['name']}-{facts['digest']}"
+    cache = Path(os.environ.get("LETTERS_CACHE") or user_cache_path("letters")).expanduser()
+    root = cache / "shared" / f"{facts['name']}-{facts['digest']}"
     if not _holds(root, facts):
         _download(letters, root)
     return Dataset(root, facts)

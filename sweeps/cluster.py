@@ -275,7 +275,8 @@ class Cluster:
         attempt = self.attempts[trial]
         silent = time.monotonic() - attempt.heard
         if attempt.token is None:
-            if not set(attempt.allowed) & self.good and self.good:
+            stranded = self.good and not set(attempt.allowed) & self.good
+            if stranded or attempt.future.cancelled():
                 attempt.future.cancel()
                 self.attempts[trial] = self._submit(attempt.order)
             elif attempt.future.done() and (error := attempt.future.exception()):

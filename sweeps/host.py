@@ -65,7 +65,7 @@ def deliver(attempt: str, message: Message) -> None:
 
 def _served() -> bool:
     """Whether this worker is some sweep's."""
-    return any(time.monotonic() - when < SILENCE_SECONDS for when in _heard.values())
+    return any(map(_lives, list(_heard)))
 
 
 def hear(sweep: str) -> float:
@@ -102,15 +102,27 @@ def host(sweep: str, order: Message) -> None:
     _heard[sweep] = time.monotonic()
     try:
         say({"asks": True})
-        with suppress(queue.Empty):
-            if inbox.get(timeout=SILENCE_SECONDS).get("go"):
-                _watch(sweep, order, inbox, say)
+        if _admitted(sweep, inbox):
+            _watch(sweep, order, inbox, say)
     finally:
         del _inboxes[attempt]
 
 
 def _say(log: Callable[[str, Message], None], sweep: str, named: Message, message: Message) -> None:
     log(sweep, named | message)
+
+
+def _lives(sweep: str) -> bool:
+    """Whether the driver of a sweep has been heard lately."""
+    return time.monotonic() - _heard[sweep] < SILENCE_SECONDS
+
+
+def _admitted(sweep: str, inbox: "queue.SimpleQueue[Message]") -> bool:
+    """The driver's word, which may take long where it waits for a server; no, where it is gone."""
+    while _lives(sweep):
+        with suppress(queue.Empty):
+            return bool(inbox.get(timeout=BEAT_SECONDS).get("go"))
+    return False
 
 
 def _watch(
@@ -122,10 +134,10 @@ def _watch(
     """Relay between the driver and a trial until that has ended, or the driver ends or is gone."""
     nursery, number = _nursery(order["body"], order["preload"]), order["trial"]
     meter = _Meter(nursery)
-    nursery.start(number, order["spec"], order["grant"])
     waiting, beaten = False, 0.0
     try:
-        while time.monotonic() - _heard[sweep] < SILENCE_SECONDS:
+        nursery.start(number, order["spec"], order["grant"])
+        while _lives(sweep):
             nursery.hear()
             with suppress(queue.Empty):
                 message = inbox.get(waiting, BEAT_SECONDS)

@@ -351,7 +351,7 @@ def published(
 ) -> dict[str, Any]:
     """Letters on a tracking server, of a driver whose folder is out of reach."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    monkeypatch.setattr(shared, "user_cache_path", lambda name: tmp_path / "cache" / name)
+    monkeypatch.setenv("LETTERS_CACHE", str(tmp_path / "cache"))
     data_options["data_dir"] = str(data_options["data_dir"])
     data_options["archive"] = str(data_options["archive"])
     data = prep.prepare(**data_options)
