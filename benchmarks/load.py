@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -46,7 +47,12 @@ N_BINS = 20  # each is 5 % of the runs
 N_ALONE = 20  # runs of a client that has the server for itself, before and after
 PAGE = 1000  # runs of one answer
 SAMPLE = 50  # of so many models one is loaded
-models.__path__ = [*models.__path__, str(HERE / "models")]
+
+
+def trivial() -> ModuleType:
+    """The trivial model, which this process knows from now on."""
+    models.__path__ = [*models.__path__, str(HERE / "models")]
+    return registry.load(models, MODEL)
 
 
 # ---- one sweep
@@ -57,6 +63,7 @@ def sweep_once(seed: int, n_trials: int, data_dir: Path, calls: Path) -> None:
     from sweeps import sweep
     from sweeps.engine import Engine
 
+    trivial()
     real = Engine.left
 
     def left(engine: Engine) -> float:
@@ -189,7 +196,7 @@ def alone(
 
 def mlflow_trial(data: Dataset) -> Callable[[mlflow.MlflowClient], None]:
     """What a sweep writes for one trial, less the sweep."""
-    member, part = registry.load(models, MODEL), data.part("train")
+    member, part = trivial(), data.part("train")
     params = {name: param.default for name, param in member.PARAMS.items()}
 
     def trial(client: mlflow.MlflowClient) -> None:

@@ -52,7 +52,7 @@ from pipeline.spec import LETTERS, SIDE, Dataset, Fitted, Images, UserError
 
 BUSY = (429, 500, 502, 503, 504)  # what a server answers that may do better soon
 PATIENCE = 5  # times that it is asked again, after 0, 2, 4, 8 and 16 seconds
-ATTEMPTS = 3  # to log a model with a server that breaks down
+ATTEMPTS = 5  # to log a model with a server that breaks down
 REQUEST = "request"  # tag: what tells one run that was asked for twice from two runs
 NOTE = "mlflow.note.content"  # the tag that the MLflow UI shows as description
 # Unnamed: MLflow would hand named tensors on as a dict.

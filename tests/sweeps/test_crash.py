@@ -119,12 +119,15 @@ def _check_the_end(typist: Typist) -> None:
     for trial in trials:
         assert trial.data.tags["state"] in STATUS
         proposed = study.trials[int(trial.data.tags["trial"])].params
-        # A kill may come before a run has its params.
-        assert trial.data.params.get("quality", str(proposed["quality"])) == str(
-            proposed["quality"]
-        )
-    proposals = {tuple(trial.params.items()) for trial in study.trials}
-    assert len(proposals) == len(study.trials)
+        # A kill may come before a run has its params, or the study's trial its own.
+        quality = str(proposed.get("quality"))
+        assert trial.data.params.get("quality", quality) == quality
+    # What died with its nursery is tried once more.
+    fresh = [t.params for t in study.trials if t.params and "retry_of" not in t.user_attrs]
+    assert len({tuple(params.items()) for params in fresh}) == len(fresh)
+    again = [t.user_attrs["retry_of"] for t in study.trials if "retry_of" in t.user_attrs]
+    assert len(set(again)) == len(again)
+    assert all(study.trials[number].state == TrialState.FAIL for number in again)
     # The bill is that of the ledger: all drivers together, by cause.
     metrics, ledger = parent.data.metrics, typist.ledger(parent.data.tags["study"])
     causes = [value for name, value in metrics.items() if name.startswith("overhead/")]
