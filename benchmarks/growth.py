@@ -53,8 +53,8 @@ def main() -> None:
         prep.prepare("strokes", "default", 520, data)
         os.chdir(folder)
         options = "--model trivial --dataset strokes --archive default --n_train 520 --seed 0 "
-        options += f"--data_dir {data} --cpu_minutes 600 --workers auto --scheduler local --precision auto "
-        options += "--study auto --plan false"
+        options += f"--data_dir {data} --cpu_minutes 600 --workers auto --scheduler local "
+        options += "--precision auto --study auto --plan false"
         sweep.main(options.split())
     table = pd.DataFrame(rows)
     each = table.drop(columns="rss_mb").diff()
