@@ -25,7 +25,7 @@ class Workers:
 
     def __init__(self, folder: Path, environment: Mapping[str, str], tls: bool = False) -> None:
         """Logs go to ``folder``. With ``tls``, Dask's configuration names the certificates."""
-        self.folder, self.environment, self.tls = folder, dict(environment), tls
+        self.folder, self.environment = folder, dict(environment)
         self.nannies: dict[str, subprocess.Popen[bytes]] = {}
         self.family: set[int] = set()  # all descendants that were ever seen
         self.orphaned = 0.0  # CPU-seconds of orphans that have ended

@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.spec import UserError
 from sweeps import host
 from sweeps.budget import UNSEEN_CPU_SECONDS
-from sweeps.nursery import GRACE_CPU_SECONDS, Message
+from sweeps.nursery import GRACE_CPU_SECONDS, Message, lost
 
 CONNECT_SECONDS = 10.0
 GATHER_SECONDS = 60.0  # for a first worker to come
@@ -298,16 +298,7 @@ class Cluster:
         if attempt.token:
             self._deliver(attempt.worker, attempt.token, {"end": True})
         spent = _unseen(attempt, self.live[trial], unseen)
-        message = {
-            "trial": trial,
-            "end": None,
-            "cpu_seconds": spent,
-            "peak_rss_mb": 0.0,
-            "signal": 0,
-            "over_budget": False,
-            "lost": why,
-            "worker": attempt.worker,
-        }
+        message = lost(trial, spent, why) | {"worker": attempt.worker}
         return self._end(trial, message)
 
 

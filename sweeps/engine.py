@@ -18,7 +18,7 @@ from pipeline.train import found
 from sweeps import processes, search
 from sweeps.budget import RESERVE_CPU_SECONDS, Ledger, own_cpu_seconds
 from sweeps.cluster import Cluster
-from sweeps.nursery import Message, Nursery
+from sweeps.nursery import Message, Nursery, lost
 from sweeps.phases import RETRY_OF, Phases, Proposal
 from sweeps.trial import REFUSED, STATUS, Outcome, Referee, description
 
@@ -357,7 +357,8 @@ class Engine:
         self.imported += nursery.imported
         self.lost += sum(nursery.live.values()) + nursery.elsewhere()
         for number in list(self.live):
-            self._end(_killed(number, nursery.live.get(number, 0.0)))
+            spent = nursery.live.get(number, 0.0)
+            self._end(lost(number, spent, "the process ended with the one that had forked it"))
 
     def _stop(self) -> None:
         """End the nursery, and book what still runs as killed."""
@@ -419,18 +420,6 @@ class Engine:
 def preload(member: ModuleType) -> list[str]:
     """Modules that a model's trials need, for the nursery to load once."""
     return [*LOGGING_PRELOAD, *getattr(member, "PRELOAD", ())]
-
-
-def _killed(number: int, cpu_seconds: float) -> Message:
-    return {
-        "trial": number,
-        "end": None,
-        "cpu_seconds": cpu_seconds,
-        "peak_rss_mb": 0.0,
-        "signal": 0,
-        "over_budget": False,
-        "lost": "the process ended with the one that had forked it",
-    }
 
 
 def best(outcomes: Sequence[Outcome]) -> float:

@@ -141,6 +141,19 @@ class Nursery:
             self.process.wait()
 
 
+def lost(trial: int, cpu_seconds: float, why: str) -> Message:
+    """The end of a trial that could not tell of it: what forked it, or had it forked, is gone."""
+    return {
+        "trial": trial,
+        "end": None,
+        "cpu_seconds": cpu_seconds,
+        "peak_rss_mb": 0.0,
+        "signal": 0,
+        "over_budget": False,
+        "lost": why,
+    }
+
+
 # ---- the nursery's side
 
 
