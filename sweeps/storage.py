@@ -53,6 +53,12 @@ def open_storage(name: str, folder: Path) -> BaseStorage:
     return storage
 
 
+def check() -> None:
+    """Raise what is wrong with the variable, before anything is read or begun for a sweep."""
+    if text := os.environ.get(VARIABLE):
+        connect(parse(text)).engine.dispose()
+
+
 def keep_place(folder: Path) -> None:
     """Note in a study's folder where the study is kept, now that it is there."""
     if text := os.environ.get(VARIABLE):

@@ -24,7 +24,7 @@ from pipeline.spec import Dataset, UserError
 from pipeline.train import OPTIONS as TRAIN_OPTIONS
 from pipeline.train import found
 from sweeps import plan as plans
-from sweeps import processes, search
+from sweeps import processes, search, storage
 from sweeps.budget import UNSEEN_CPU_SECONDS, Busy, Ledger, last_opening
 from sweeps.cluster import SILENT_CPU_SECONDS
 from sweeps.engine import LOCAL, Engine, Task
@@ -235,6 +235,7 @@ def main(argv: Sequence[str]) -> None:
     precision.check(wanted, model, registry.load(models, model).PARAMS)
     launched = "MLFLOW_RUN_ID" in os.environ
     client = tracking.connect()
+    storage.check()
     with charge("data"):
         data = prep.ensure(**options)
     if address == LOCAL:

@@ -436,6 +436,20 @@ def test_bad_parameters_cost_no_run(
     assert store.search_runs(["0"]) == []
 
 
+def test_a_database_that_is_none_costs_no_run_and_no_letters(
+    store: mlflow.MlflowClient,
+    data_options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPTUNA_STORAGE", "postgresql+psycopg2://u:x@127.0.0.1:1/studies")
+    options = data_options | SWEEP | {"model": "knn", "data_dir": str(tmp_path / "new")}
+    with pytest.raises(UserError, match="OPTUNA_STORAGE must name a database that answers"):
+        sweep.main(arguments(options))
+    assert store.search_runs(["0"]) == []
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_kernel_agrees_on_the_budget_and_knn_needs_no_tensorflow(
     store: mlflow.MlflowClient, data_options: dict[str, Any], tmp_path: Path
 ) -> None:
