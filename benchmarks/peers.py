@@ -103,7 +103,7 @@ def run(job: Job, root: Path, policy: str) -> list[dict[str, Any]]:
             text = (Path(folder) / "log").read_text(errors="replace")
             raise RuntimeError(f"{job} ended with {child.returncode}:\n{text[-3000:]}")
         if arm in arms.OURS:
-            found, uncounted = _ours(folder, root, environment), 0.0
+            found, uncounted = found + _ours(folder, root, environment), 0.0
         else:
             uncounted = sum(one["uncounted"] for one in found)
     spent = total - uncounted

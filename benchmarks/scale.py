@@ -4,8 +4,9 @@
 
 Synthesises archives in EMNIST's layout (drawn letters, moved and dimmed at random), prepares them
 with ``n_train=all``, and fits one step of each model on them, each in a process of its own and on
-one thread. The networks are small ones, so that half a million letters are soon through; a step of
+one thread. The networks are small ones, so that five million letters are soon through; a step of
 nearest neighbours is the whole of its recipe with LDA, and a tenth of a search among plain pixels.
+It draws what it found: ``results/scale.png``.
 """
 
 import argparse
@@ -26,8 +27,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from matplotlib.figure import Figure
 
-from pipeline import models, prep, registry
+from pipeline import models, plots, prep, registry
 from pipeline.datasets import strokes
 from pipeline.spec import CHUNK, LETTERS, SIDE, Dataset
 from sweeps.nursery import ONE_THREAD
@@ -37,7 +39,7 @@ N_DRAWN, SHIFT = 2_600, 2  # letters drawn; pixels that a copy is moved by, at m
 POLL_SECONDS = 0.02  # between two looks at a process's memory
 NETWORK = {"batch_size": 256, "epochs": 1}
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
-    "cnn": ("cnn", {**NETWORK, "filters": 16}),
+    "cnn": ("cnn", {**NETWORK, "filters": 8}),
     "lstm": ("lstm", {**NETWORK, "rows": 4, "units": 32}),
     "knn, LDA": ("knn", {"features": "gradients", "lda_shrinkage": 0.01}),
     "knn, pixels": ("knn", {}),
@@ -167,8 +169,11 @@ def _told(began: float, n_train: int) -> dict[str, Any]:
     }
 
 
-def rows(sizes: list[int], largest_step: int, folder: Path) -> Iterator[dict[str, Any]]:
-    """A row for each size and work; what an archive of one size took on disk is removed at once."""
+def rows(sizes: list[int], largest_knn: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """A row for each size and work; what an archive of one size took on disk is removed at once.
+
+    Neighbours' cost grows with the square of letters: above ``largest_knn`` there are none.
+    """
     for n_letters in sizes:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             archive = Path(scratch) / "drawn.zip"
@@ -177,16 +182,34 @@ def rows(sizes: list[int], largest_step: int, folder: Path) -> Iterator[dict[str
             archive.unlink()
             root = found.pop("root")
             yield {"work": "prep", "letters": n_letters} | found
-            for name in STEPS if n_letters <= largest_step else ():
+            for name, (model, _) in STEPS.items():
+                if model == "knn" and n_letters > largest_knn:
+                    continue
                 found = measured("--step", name, "--root", str(root))
                 yield {"work": name, "letters": n_letters} | found
+
+
+def picture(table: pd.DataFrame) -> Figure:
+    """CPU-seconds and memory of each work, by the number of training letters."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = {"cpu_seconds": "CPU-seconds", "peak_anon_mb": "MB of its own, at the peak"}
+    for axes, (column, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for (work, found), colour, mark in zip(
+            table.groupby("work"), plots.COLOURS, plots.MARKS, strict=False
+        ):
+            axes.plot(found["n_train"], found[column], color=colour, marker=mark, label=work)
+        axes.set(xlabel="training letters", ylabel=label, xscale="log", yscale="log")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(fontsize=8)
+    return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     sizes = [10_000, 40_000, 125_000, 500_000, 5_000_000]
     parser.add_argument("--sizes", type=int, nargs="+", default=sizes)
-    parser.add_argument("--largest_step", type=int, default=500_000)
+    parser.add_argument("--largest_knn", type=int, default=500_000)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--results", type=Path, default=HERE / "results")
     for name in ("archive", "data_dir", "step", "root"):  # of a process that is measured
@@ -200,12 +223,13 @@ def main() -> None:
         return
     given.results.mkdir(exist_ok=True)
     found = []
-    for row in rows(given.sizes, given.largest_step, given.folder):
+    for row in rows(given.sizes, given.largest_knn, given.folder):
         found.append(row | {"data_set": "drawn letters in EMNIST's layout, not EMNIST"})
         print(row, flush=True)
         # As each comes: a large one may take long, or the disk may be full.
         table = pd.DataFrame(found).sort_values(["work", "letters"]).round(2)
         table.to_csv(given.results / "scale.csv", index=False)
+        picture(table).savefig(given.results / "scale.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,14 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from steps import left_until
 
 from benchmarks import arms, peers, scale
 from pipeline import prep
 from pipeline.models import cnn
+from sweeps.budget import own_cpu_seconds
+from sweeps.engine import Engine
+from sweeps.trial import Referee
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,6 +101,35 @@ def test_a_tuner_that_knows_no_budget_runs_once_for_all(tmp_path: Path) -> None:
         assert len(job.comparisons) == (2 if job.arm == "deck" else 1)
 
 
+def test_our_sweep_is_an_arm_whose_steps_and_choice_are_told(
+    data_options: dict[str, Any],
+    tmp_path: Path,
+    store: mlflow.MlflowClient,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = data_options | {name: str(data_options[name]) for name in ("archive", "data_dir")}
+    root = prep.ensure(**options).root.absolute()
+    monkeypatch.setattr(prep, "ensure", prep.ensure)  # an arm has a process of its own, else
+    monkeypatch.setattr(Referee, "__call__", Referee.__call__)
+    monkeypatch.setattr(Engine, "left", left_until(2))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    arms.ours("ours", "knn", root, 0, own_cpu_seconds() + 240, whole=True)
+    arms.told(str(root))
+    trials = json.loads(capsys.readouterr().out.splitlines()[-1])
+    lines = [json.loads(line) for line in Path("found.jsonl").read_text().splitlines()]
+    # Law: the watchdog sees each step of each trial, and none as a whole fit.
+    assert len(lines) >= len(trials) == 2
+    assert {one["val"] for one in trials} <= {one["val"] for one in lines}
+    assert {(one["fit"], one["test"], one["uncounted"]) for one in lines} == {(0.0, None, 0.0)}
+    # Law: one of the trials is what it chose, and that one's accuracy on test is known.
+    (chosen,) = [one for one in trials if one["chosen"]]
+    assert 0 <= chosen["test"] <= 1
+    assert [one["test"] for one in trials if not one["chosen"]] == [None]
+    assert all(0 < one["fit"] < one["cpu"] for one in trials)
+
+
 def test_a_row_is_what_was_found_within_its_budget() -> None:
     found = [
         {"val": 0.7, "test": 0.6, "cpu": 100.0, "fit": 0.0},
@@ -169,3 +202,20 @@ def test_a_synthesised_archive_is_one_of_drawn_letters(
     images = data.part("train").images
     # Law: copies are not the same letter again.
     assert len(np.unique(images.reshape(len(images), -1), axis=0)) > 0.95 * len(images)
+
+
+def test_a_picture_of_scale_has_a_line_for_each_work() -> None:
+    works = ["cnn", "lstm", "knn, LDA", "knn, pixels", "prep"]
+    table = pd.DataFrame(
+        [
+            {"work": work, "n_train": n, "cpu_seconds": n / 1e3, "peak_anon_mb": n / 1e2}
+            for work in works
+            for n in (1_000, 10_000)
+        ]
+    )
+    figure = scale.picture(table)
+    for axes, column in zip(figure.axes, ("cpu_seconds", "peak_anon_mb"), strict=True):
+        assert {line.get_label() for line in axes.lines} == set(works)
+        for line in axes.lines:
+            rows = table[table["work"] == line.get_label()]
+            assert list(line.get_ydata()) == list(rows[column])
