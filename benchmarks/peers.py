@@ -61,6 +61,26 @@ class Job(NamedTuple):
         ]
 
 
+class Tally:
+    """CPU-seconds of a process and all that descend from it.
+
+    The kernel adds a child's to those of the parent that waits for it. Ray's daemon, for one, waits
+    for none (it ignores SIGCHLD): what such a child had when it was seen last is added here.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.seen: dict[int, tuple[float, float]] = {}
+        self.gone = self.waited = 0.0
+
+    def __call__(self) -> float:
+        now = {pid: processes.own_and_waited(pid) for pid in processes.tree(self.pid)}
+        self.gone += sum(sum(times) for pid, times in self.seen.items() if pid not in now)
+        self.waited += sum(now[pid][1] - self.seen.get(pid, (0.0, 0.0))[1] for pid in now)
+        self.seen = now
+        return sum(map(sum, now.values())) + max(0.0, self.gone - self.waited)
+
+
 def planned(args: argparse.Namespace) -> Iterator[Job]:
     for seed, model in itertools.product(range(args.seeds), args.models):
         known = args.arms or ["ours", *(arms.ARMS if model == "cnn" else FEW)]
@@ -96,9 +116,10 @@ def run(job: Job, root: Path, policy: str) -> list[dict[str, Any]]:
             child = subprocess.Popen(
                 [sys.executable, "-c", code], cwd=folder, env=environment, stdout=log, stderr=log
             )
-            found, _, ended = _watch(child, Path(folder) / "found.jsonl", budget, arm)
+            found, watched, ended = _watch(child, Path(folder) / "found.jsonl", budget, arm)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
         total = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        total = max(total, watched)  # the kernel's leaves out whom nobody has waited for
         if ended and child.returncode:
             text = (Path(folder) / "log").read_text(errors="replace")
             raise RuntimeError(f"{job} ended with {child.returncode}:\n{text[-3000:]}")
@@ -139,12 +160,16 @@ def _row(
 def _watch(
     child: subprocess.Popen[bytes], path: Path, budget: float, arm: str
 ) -> tuple[list[dict[str, Any]], float, bool]:
-    """Let an arm run until it ends or has spent its budget; what it found, and when."""
+    """Let an arm run until it ends or has spent its budget.
+
+    Gives what it found, and when; what it spent in all, as seen from here; whether it ended itself.
+    """
+    tally = Tally(child.pid)
     found: list[dict[str, Any]] = []
     limit = budget * (OVERTIME if arm in arms.OURS else 1.0)
     while True:
         time.sleep(POLL_SECONDS)
-        spent = sum(map(processes.cpu_seconds, processes.tree(child.pid)))
+        spent = tally()
         # Before the file is read: what an arm writes last is then not missed.
         ended = child.poll() is not None
         lines = path.read_text().splitlines() if path.exists() else []
@@ -157,7 +182,7 @@ def _watch(
             processes.kill_tree(child.pid)
             child.wait()
             _reap()
-            return found, spent - uncounted, ended
+            return found, spent, ended
 
 
 def _reap() -> None:

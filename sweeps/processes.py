@@ -25,8 +25,13 @@ def usable_cores() -> int:
 
 def cpu_seconds(pid: int) -> float:
     """User and system time of a process and of its ended children; 0 where it is gone."""
-    fields = owner.stat(pid)
-    return sum(map(int, fields[11:15])) / _TICK
+    return sum(own_and_waited(pid))
+
+
+def own_and_waited(pid: int) -> tuple[float, float]:
+    """CPU-seconds of a process, and of those of its ended children that it has waited for."""
+    ticks = [*map(int, owner.stat(pid)[11:15])]
+    return sum(ticks[:2]) / _TICK, sum(ticks[2:]) / _TICK
 
 
 def parent(pid: int) -> int:

@@ -1,8 +1,10 @@
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,31 @@ def test_the_watchdog_stops_at_the_budget_and_counts_what_is_the_arms(tmp_path: 
     assert [one["val"] for one in found] == list(range(1, len(found) + 1))
     for number, one in enumerate(found, 1):
         assert 0.4 * number - 0.1 <= one["cpu"] <= 0.4 * number + 1.0
+
+
+# A daemon that starts one worker after the other; what these spend is the kernel's only where it
+# waits for them.
+DAEMON = """
+import signal, subprocess, sys
+if sys.argv[1] == "deaf":
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+burn = "import time\\nwhile time.process_time() < 0.8: pass"
+for _ in range(3):
+    subprocess.run([sys.executable, "-c", burn])
+"""
+
+
+@pytest.mark.parametrize("waits", ["deaf", "waits"])
+def test_the_tally_has_each_process_once_whether_its_parent_waits_or_not(waits: str) -> None:
+    child = subprocess.Popen([sys.executable, "-c", DAEMON, waits])
+    tally, told = peers.Tally(child.pid), [0.0]
+    while child.poll() is None:
+        told.append(tally())
+        time.sleep(0.02)
+    # Law: three workers of 0.8 CPU-seconds, and the daemon's own start.
+    assert 2.2 < max(told) < 4.4
+    # Law: what is spent stays spent.
+    assert all(later > before - 0.1 for before, later in itertools.pairwise(told[:-1]))
 
 
 @pytest.mark.parametrize("model", ["knn", "cnn"])
