@@ -82,6 +82,8 @@ def fit(
             optimizer=_optimizer(params, n_batches * params["epochs"]),
             loss=keras.losses.CategoricalCrossentropy(label_smoothing=params["label_smoothing"]),
         )
+        # Variables that are made while a function is traced have it traced a second time.
+        net.optimizer.build(net.trainable_variables)
         net.make_train_function()
         _charge_first_call(net, "train_function", tracing)
         callbacks = [_Reporter(answering, val, report)]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 from optuna.distributions import CategoricalDistribution
@@ -196,6 +197,20 @@ def test_a_fit_in_bfloat16_answers_in_float32() -> None:
     assert (answers != exact_answers).any()
     np.testing.assert_allclose(answers, exact_answers, atol=0.1)
     assert values == pytest.approx(exact, abs=0.1)
+
+
+@pytest.mark.parametrize("average", [0.0, 0.99])
+def test_a_fit_builds_its_graph_once(average: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, n_traces = keras.Model.train_step, 0
+
+    def counting(net: Any, data: Any) -> Any:
+        nonlocal n_traces
+        n_traces += 1
+        return step(net, data)
+
+    monkeypatch.setattr(keras.Model, "train_step", counting)
+    fit(average=average, batch_size=30)  # no smaller batch, which is traced by itself
+    assert n_traces == 1
 
 
 def test_averaged_weights_are_others() -> None:
