@@ -146,7 +146,8 @@ def _row(
     return {
         "test_accuracy": best["test"] if best else 1 / 26,
         "val_accuracy": best["val"] if best else 1 / 26,
-        "n_fits": len(fits),
+        # Ray kills the process of a trial that it stops: its fits are never written down.
+        "n_fits": np.nan if arm == "ray_asha" else len(fits),
         "reached_deck_at": next(
             (one["cpu"] for one in within if one["val"] >= LEVELS[model]), np.nan
         ),
