@@ -151,7 +151,8 @@ def main() -> None:
                 print(f"{key:20} {value}")
             if sys.stdin.isatty():
                 print(f"{server.uri}  user {server.user}  password {server.password}")
-                input("browse the runs and the report there; Enter ends it all: ")
+                print("browse the runs and the report there; Enter ends it all: ", flush=True)
+                sys.stdin.readline()  # or its end: a terminal that is closed is no error
 
 
 if __name__ == "__main__":
