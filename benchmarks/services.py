@@ -122,6 +122,20 @@ class Service:
             time.sleep(0.1)
 
 
+class HttpService(Service):
+    """A service at ``uri`` that says at ``/health`` when it is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uri = f"http://{HOST}:{self.port}"
+
+    def _answers(self) -> bool:
+        try:
+            return requests.get(f"{self.uri}/health", timeout=5).ok
+        except requests.RequestException:  # on a busy machine it is slow
+            return False
+
+
 class Postgres(Service):
     """A PostgreSQL server, with passwords (SCRAM) for everybody and no unix socket."""
 
@@ -259,7 +273,7 @@ class S3(Service):
         return True
 
 
-class TrackingServer(Service):
+class TrackingServer(HttpService):
     """``mlflow server`` over a database of a PostgreSQL and a bucket, artifacts proxied.
 
     With ``auth`` it asks for a name and a password (MLflow's ``basic-auth``; it needs Flask-WTF).
@@ -270,7 +284,6 @@ class TrackingServer(Service):
 
     def __init__(self, postgres: Postgres, s3: S3, auth: bool = False) -> None:
         super().__init__()
-        self.uri = f"http://{HOST}:{self.port}"
         self.auth = auth
         self.password = secrets.token_hex(16)
         names = [f"{kind}_{self.port}" for kind in ("mlflow", "auth")]
@@ -315,12 +328,6 @@ class TrackingServer(Service):
             "MLFLOW_AUTH_ADMIN_PASSWORD": self.password,
             "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
         }
-
-    def _answers(self) -> bool:
-        try:
-            return requests.get(f"{self.uri}/health", timeout=5).ok
-        except requests.RequestException:
-            return False
 
 
 def find_postgres() -> Path:

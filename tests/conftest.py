@@ -47,12 +47,10 @@ def store(
 
 
 @pytest.fixture
-def server(store: mlflow.MlflowClient, tmp_path: Path) -> Iterator[Server]:
+def server(store: mlflow.MlflowClient) -> Iterator[Server]:
     """An MLflow server over the test's own tracking store."""
-    server = Server(store.tracking_uri, tmp_path)
-    server.start()
-    yield server
-    server.stop()
+    with Server(store.tracking_uri) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,7 @@
-"""Real MLflow servers on this machine: of a tracking store, that a test can stop and start again,
+"""Real MLflow servers on this machine: of a tracking store, that a test can kill and start again,
 and of a model; and what may stand between a server and its clients."""
 
 import os
-import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -14,50 +11,31 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import requests
-from steps import wait
+
+from benchmarks import services
 
 
-class Server:
-    """``mlflow server`` over a tracking store of SQLite, on a port of its own."""
+class Server(services.HttpService):
+    """``mlflow server`` over a tracking store of SQLite."""
 
-    def __init__(self, store_uri: str, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.folder = folder
+    name = "mlflow"
+
+    def __init__(self, store_uri: str) -> None:
+        super().__init__()
         words = ["server", "--backend-store-uri", store_uri, "--port", str(self.port)]
-        words += ["--artifacts-destination", str(folder / "served"), "--workers", "1"]
+        words += ["--artifacts-destination", str(self.folder / "served"), "--workers", "1"]
         self.command = [sys.executable, "-m", "mlflow", *words]
         self.environment = {**os.environ, "MLFLOW_TRACKING_URI": ""}
-        self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=log, start_new_session=True, env=self.environment
-            )
-        assert wait(self._answers, 200), (self.folder / "server.log").read_text()
-
-    def stop(self) -> None:
-        """Kill it, whatever it is doing."""
-        assert self.process is not None
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def _answers(self) -> bool:
-        try:
-            return requests.get(f"{self.uri}/health", timeout=5).ok
-        except (requests.ConnectionError, requests.Timeout):  # on a busy machine it is slow
-            return False
+        self._launch(self.command, self._answers, self.environment)
 
 
 class ModelServer(Server):
     """``mlflow models serve`` of the model at ``uri`` in the tracking store of this process."""
 
-    def __init__(self, uri: str, folder: Path) -> None:
-        super().__init__("", folder)
+    def __init__(self, uri: str) -> None:
+        super().__init__("")
         words = ["models", "serve", "-m", uri, "--env-manager", "local", "--port", str(self.port)]
         self.command = [sys.executable, "-m", "mlflow", *words]
         # It starts uvicorn by its name.

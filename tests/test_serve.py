@@ -97,11 +97,9 @@ BAD: dict[str, tuple[Any, int, str]] = {
 
 
 @pytest.mark.timeout(600)  # a server is up after ten CPU-seconds
-def test_the_champion_is_served(logged: Logged, tmp_path: Path) -> None:
-    server = ModelServer("models:/letters@champion", tmp_path)
-    server.start()
-    url = f"{server.uri}/invocations"
-    try:
+def test_the_champion_is_served(logged: Logged) -> None:
+    with ModelServer("models:/letters@champion") as server:
+        url = f"{server.uri}/invocations"
         example = json.loads((logged.folder / "serving_input_example.json").read_text())
         letters = np.array(example["inputs"], np.uint8)
         expected = mlflow.pyfunc.load_model(logged.uri).predict(letters)
@@ -127,8 +125,6 @@ def test_the_champion_is_served(logged: Logged, tmp_path: Path) -> None:
         assert requests.post(f"{server.uri}/predict", json={}, timeout=60).status_code == 404
         # Law: after all that it still answers.
         assert requests.post(url, json=example, timeout=60).json() == answer.json()
-    finally:
-        server.stop()
 
 
 def test_the_largest_request_is_within_the_limit_of_bytes() -> None:

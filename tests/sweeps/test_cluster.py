@@ -110,16 +110,14 @@ def site(
         store = open_store(fresh_store, folder, patch)
         add(models, "toy", toy(before=BURN))
         patch.setenv("HOLD", str(folder / "hold"))
-        server = Server(store.tracking_uri, folder)
-        server.start()
-        patch.setenv("MLFLOW_TRACKING_URI", server.uri)
-        site = Site(mlflow.MlflowClient(server.uri), folder, archive)
-        site.workers = Workers(folder, os.environ)
-        try:
-            yield site
-        finally:
-            site.workers.stop()
-            server.stop()
+        with Server(store.tracking_uri) as server:
+            patch.setenv("MLFLOW_TRACKING_URI", server.uri)
+            site = Site(mlflow.MlflowClient(server.uri), folder, archive)
+            site.workers = Workers(folder, os.environ)
+            try:
+                yield site
+            finally:
+                site.workers.stop()
 
 
 @pytest.fixture
