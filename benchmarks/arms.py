@@ -306,10 +306,10 @@ def ours(part: str, model: str, root: Path, seed: int, budget: float, whole: boo
 
     hear = Referee.__call__
 
-    def noting(referee: Referee, message: Mapping[str, Any]) -> bool:
+    def noting(referee: Referee, message: Mapping[str, Any], overdraft: float) -> bool:
         # Each step counts, as of the others; but what is chosen is said in the end.
         _write(Path.cwd(), val=message["val_accuracy"])
-        return hear(referee, message)
+        return hear(referee, message, overdraft)
 
     Referee.__call__ = noting  # type: ignore[method-assign]
     member: Any = registry.load(models, model)

@@ -271,7 +271,9 @@ class Engine:
             if "end" in event:
                 self._end(event)
             elif event["trial"] in self.live:
-                stop = self.live[event["trial"]].referee(event["message"])
+                # What driver and idle workers take while a trial runs is taken from its grant.
+                overdraft = max(0.0, -self.left())
+                stop = self.live[event["trial"]].referee(event["message"], overdraft)
                 self.nursery.answer(event["trial"], {"stop": stop})
         if time.monotonic() - self.beaten > BEAT_SECONDS:
             self._beat()

@@ -135,8 +135,11 @@ class Referee:
         self.state = "complete"
 
     @charge("search")
-    def __call__(self, message: Message) -> bool:
-        """``message`` has step, val_accuracy, and cpu_seconds and bill since the trial began."""
+    def __call__(self, message: Message, overdraft: float = 0.0) -> bool:
+        """``message`` has step, val_accuracy, and cpu_seconds and bill since the trial began.
+
+        ``overdraft`` CPU-seconds of the grant are gone: the sweep needed them beside its trials.
+        """
         step, val_accuracy = int(message["step"]), float(message["val_accuracy"])
         self.bill = message["bill"]
         values = {"val_accuracy": val_accuracy, "fit_cpu_seconds": self.bill.get("fit", 0.0)}
@@ -145,7 +148,7 @@ class Referee:
         self.trial.report(val_accuracy, step)
         before, now = self.spent[-2:]
         # A step is not begun when it would not fit: it costs what the last one did.
-        if now + (now - before) > self.steps_end:
+        if now + (now - before) > self.steps_end - overdraft:
             self.state = "over_budget"
         elif self.trial.number > 0 and self.trial.should_prune():  # the baseline is never pruned
             self.state = "pruned"

@@ -65,8 +65,10 @@ SWEEP = {
 LEFT = Engine.left
 
 
-def left_until(n_trials: int) -> Callable[[Engine], float]:
+def left_until(n_trials: int, overdraft: float = 0.0) -> Callable[[Engine], float]:
     """An ``Engine.left`` by which a sweep begins so many trials, and its budget is then spent.
+
+    And ``overdraft`` CPU-seconds more.
 
     So a test can give a budget that is ample on any machine, and still end soon.
     """
@@ -74,7 +76,7 @@ def left_until(n_trials: int) -> Callable[[Engine], float]:
     def left(engine: Engine) -> float:
         trials = engine.study.get_trials(deepcopy=False)
         n_begun = sum(trial.state != TrialState.WAITING for trial in trials)
-        return LEFT(engine) if n_begun < n_trials else 0.0
+        return LEFT(engine) if n_begun < n_trials else -overdraft
 
     return left
 

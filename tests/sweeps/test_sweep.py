@@ -46,12 +46,17 @@ class Sweeps:
         self.store, self.options, self.add, self.patch = store, options, add, patch
 
     def run(
-        self, source: str, cpu_seconds: float = 90.0, n_trials: int = 8, **more: object
+        self,
+        source: str,
+        cpu_seconds: float = 90.0,
+        n_trials: int = 8,
+        overdraft: float = 0.0,
+        **more: object,
     ) -> None:
         """A budget that is ample on any machine, and a bound on the trials to end soon."""
         self.add(models, "toy", source)
         minutes = (own_cpu_seconds() + cpu_seconds) / 60
-        self.patch.setattr(engine.Engine, "left", left_until(n_trials))
+        self.patch.setattr(engine.Engine, "left", left_until(n_trials, overdraft))
         self.patch.setattr(phases, "GRANT_SHARE", GRANT / (60 * minutes))
         options = SWEEP | {"model": "toy", "cpu_minutes": minutes}
         sweep.main(arguments(self.options | options | more))
@@ -171,6 +176,20 @@ def test_the_budget_holds(sweeps: Sweeps) -> None:
     total = [record["total"] for record in sweeps.ledger() if record["kind"] == "open"][-1]
     spent = sweeps.parent.data.metrics["cpu_seconds"]
     assert spent <= total + max(0.01 * total, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("overdraft", "state", "n_steps"), [(0, "complete", 3), (9, "over_budget", 1)]
+)
+def test_what_a_sweep_takes_beside_its_trials_is_taken_from_their_grants(
+    overdraft: float, state: str, n_steps: int, sweeps: Sweeps
+) -> None:
+    sweeps.run(toy(), n_trials=1, overdraft=overdraft)
+    (trial,) = sweeps.trials
+    curve = sweeps.store.get_metric_history(trial.info.run_id, "val_accuracy")
+    assert (trial.data.tags["state"], len(curve)) == (state, n_steps)
+    # What it has learned until then is not lost.
+    assert "model_uri" in trial.data.tags
 
 
 @pytest.mark.parametrize(
@@ -393,7 +412,7 @@ def test_a_server_that_goes_away_loses_nothing(
 
     def interrupt() -> None:
         assert wait(lambda: len(runs(sweeps.store, "trial")) >= 3, 60)
-        server.stop()
+        server.kill()
         time.sleep(6)
         server.start()
 

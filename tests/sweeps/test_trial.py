@@ -17,7 +17,7 @@ def _quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def _play(*costs: float, number: int = 0, lower: float = 0.0) -> Referee:
+def _play(*costs: float, number: int = 0, lower: float = 0.0, overdraft: float = 0.0) -> Referee:
     """A trial with a grant of 25, of which 2 are for logging, that has spent ``costs`` by step."""
     pruner = optuna.pruners.ThresholdPruner(lower=lower)
     study = optuna.create_study(direction="maximize", pruner=pruner)
@@ -26,7 +26,7 @@ def _play(*costs: float, number: int = 0, lower: float = 0.0) -> Referee:
     referee = Referee(study.ask(), 25.0, 2.0)
     for step, cost in enumerate(costs, 1):
         report = {"step": step, "val_accuracy": 0.5, "cpu_seconds": cost, "bill": {"fit": cost}}
-        if referee(report):
+        if referee(report, overdraft):
             break
     return referee
 
@@ -41,6 +41,11 @@ def test_a_step_that_would_not_fit_is_not_begun() -> None:
     referee = _play(4.0, 14.0, 24.0)
     assert referee.state == "over_budget"
     assert len(referee.curve) == 2
+
+
+def test_what_the_sweep_needs_beside_a_trial_is_taken_from_its_grant() -> None:
+    assert _play(5.0, 13.0, overdraft=2.0).state == "complete"  # 13 and 8 more: 21 of 21
+    assert _play(5.0, 13.0, overdraft=2.1).state == "over_budget"
 
 
 def test_the_pruner_stops_a_trial_but_never_the_baseline() -> None:
