@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,6 +40,28 @@ def keep(file: IO[Any]) -> None:
     """Have a file on the disk before its folder gets its name: a power cut may come between."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all; what was there before stays until then.
+
+    Raises:
+        UserError: the disk is full, or does not let us write.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            keep(file)
+        part.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{str(path)!r} must be writable, but its disk answered '{error.strerror}': "
+            "make room there, or name another place"
+        ) from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 class RowFile:

@@ -3,6 +3,7 @@
 mlflow run . -e predict -P image=letter.png
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 import requests
 from mlflow.models import Model
 
-from pipeline import cli, plots, scan, tracking
+from pipeline import cli, disk, plots, scan, tracking
 from pipeline.spec import LETTERS, UserError
 
 OPTIONS: dict[str, cli.Convert] = {"image": cli.text, "model": cli.text, "output": cli.text}
@@ -72,7 +73,9 @@ def main(argv: Sequence[str]) -> None:
             f"{best.letter} {best.probability:.1%}, then {second.letter} {second.probability:.1%}"
         )
         figure = plots.seen(seen, dict(guesses[:5]), f"{image.name}: {sentence}")
-        figure.savefig(path, dpi=110)
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=110)
+        disk.write(path, picture.getvalue())
         run.params(options)
         run.name(f"predict {image.name} · {best.letter} {best.probability:.0%}")
         run.tags({"letter": best.letter, "runner_up": second.letter, "model_uri": options["model"]})

@@ -1,5 +1,7 @@
+import errno
+import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import mlflow
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 from steps import arguments, artifacts, runs
 from test_scan import drawn, page
 
-from pipeline import predict, scan, train
+from pipeline import disk, predict, scan, train
 from pipeline.spec import LETTERS, UserError
 
 OPTIONS = {"model": "models:/letters@champion", "output": "auto"}
@@ -63,6 +65,25 @@ def test_the_picture_goes_where_it_is_wanted(
     predict.main(arguments({"image": image, **OPTIONS, "output": tmp_path / "here.png"}))
     assert (tmp_path / "here.png").exists()
     assert not (tmp_path / "letter-seen.png").exists()
+
+
+def test_a_full_disk_leaves_no_half_a_picture(
+    champion: mlflow.MlflowClient, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: IO[Any]) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(disk, "keep", full)
+    (tmp_path / "letter-seen.png").write_bytes(b"an earlier one")
+    before = set(tmp_path.iterdir())
+    with pytest.raises(
+        UserError, match=r"letter-seen\.png' must be writable, but its disk answered"
+    ):
+        predict.main(arguments({"image": image, **OPTIONS}))
+    assert (tmp_path / "letter-seen.png").read_bytes() == b"an earlier one"
+    assert set(tmp_path.iterdir()) == before
+    (run,) = runs(champion, "predict")
+    assert run.info.status == "FAILED"
 
 
 @pytest.mark.parametrize("output", ["seen.jpg", "nowhere/seen.png"])
