@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from pipeline import disk
 from pipeline.bill import METER
 from pipeline.spec import Param, Params, Refused, UserError
 
@@ -182,7 +183,7 @@ def _within(name: str, param: Param, value: str) -> Any:
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run a step's ``main`` on the command line: a user's mistake is one sentence and exit code 2.
 
-    So is a refusal, in words of its own.
+    So is a refusal, in words of its own, and a full disk.
 
     SIGTERM ends the step as Ctrl-C does, so that its runs are closed as KILLED.
     """
@@ -197,6 +198,15 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
         main(sys.argv[1:])
     except UserError as error:
         print(f"{'refused' if isinstance(error, Refused) else 'error'}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if not disk.is_full(error):
+            raise
+        print(
+            "error: a step needs room for its records, but their disk is full: make room, and "
+            "type the same command again",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped: the open runs are marked KILLED", file=sys.stderr)

@@ -1,8 +1,10 @@
 """What may be written to disk, and arrays on disk whose rows come in any order."""
 
+import errno
 import hashlib
 import os
 import shutil
+import sqlite3
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +36,16 @@ def check_room(folder: Path, n_bytes: int, cure: str) -> None:
             f"{n_bytes:,} bytes must have room in {str(folder)!r}, but only {free:,} are free on "
             f"its disk: make room or {cure}"
         )
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error, as the system says it or, in other words, SQLite."""
+    if error is None:
+        return False
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    full = isinstance(error, sqlite3.OperationalError) and "is full" in str(error)
+    return full or is_full(error.__cause__ or error.__context__)
 
 
 def keep(file: IO[Any]) -> None:

@@ -1,9 +1,12 @@
+import errno
 import math
 import signal
+import sqlite3
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import mlflow
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -127,6 +130,17 @@ def _raise(error: BaseException) -> Any:
     return main
 
 
+def _ended(error: BaseException) -> SystemExit:
+    """How a step ends whose ``main`` raises an error."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.run(_raise(error))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return ended.value
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
@@ -142,15 +156,25 @@ def _raise(error: BaseException) -> Any:
 def test_run_turns_errors_into_exit_codes(
     error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as ended:
-            cli.run(_raise(error))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    ended = _ended(error)
     # One sentence on stderr, nothing else, and an exit code that is not 0.
-    assert ended.value.code == code
+    assert ended.code == code
     assert capsys.readouterr() == ("", said)
+
+
+def test_a_full_disk_is_told_and_no_other_fault_is_hidden(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # As MLflow raises what SQLite says.
+    store = mlflow.MlflowException("(sqlite3.OperationalError) database or disk is full")
+    store.__cause__ = sqlite3.OperationalError("database or disk is full")
+    for full in (OSError(errno.ENOSPC, "No space left on device"), store):
+        assert _ended(full).code == 2
+        (sentence,) = capsys.readouterr().err.splitlines()
+        assert "their disk is full: make room" in sentence
+    for other in (OSError(errno.EIO, "Input/output error"), sqlite3.OperationalError("no table")):
+        with pytest.raises(type(other)):
+            _ended(other)
 
 
 def test_run_passes_the_command_line_on(monkeypatch: pytest.MonkeyPatch) -> None:
