@@ -185,7 +185,11 @@ class Run:
             profile=json.dumps(data.facts["counts"]),
         )
         context = [InputTag("mlflow.data.context", part)] if part else []
-        self.client.log_inputs(self.id, [DatasetInput(entity, context)])
+        inputs = [DatasetInput(entity, context)]
+        try:
+            self.client.log_inputs(self.id, inputs)
+        except mlflow.MlflowException:  # another process noted the same new data set meanwhile
+            self.client.log_inputs(self.id, inputs)
 
     @charge("tracking")
     def log_model(self, fitted: Fitted, example: Images, step: int) -> LoggedModel:

@@ -5,16 +5,19 @@ import re
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow.store.tracking import sqlalchemy_store
 
 from pipeline import tracking, views
-from pipeline.spec import UserError
+from pipeline.spec import Dataset, UserError
 
 
 def _only_run(store: mlflow.MlflowClient) -> Any:
@@ -32,6 +35,29 @@ def test_a_run_that_ends_well_is_finished_and_tagged(store: mlflow.MlflowClient)
     assert {"git_commit", "git_dirty", "versions", "cpu_model", "threads", "precision"} <= set(tags)
     assert f"mlflow={mlflow.__version__}" in tags["versions"]
     assert tags["step"] == "train"
+
+
+def test_two_runs_may_be_the_first_of_a_data_set_at_once(
+    store: mlflow.MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Dataset(tmp_path, {"name": "letters", "digest": "0123456789ab", "counts": {}})
+    found: list[str] = []
+
+    def names() -> uuid.UUID:
+        # MLflow has looked for the data set in vain and makes a name for it; another run is faster.
+        if not found:
+            found.append("other")
+            with tracking.start("evaluate") as other:
+                other.input(data, "test")
+        return uuid.uuid4()
+
+    with tracking.start("train") as run:
+        monkeypatch.setattr(sqlalchemy_store, "uuid", SimpleNamespace(uuid4=names))
+        run.input(data, "train")
+    assert found
+    for entity in store.search_runs(["0"]):
+        (used,) = entity.inputs.dataset_inputs
+        assert used.dataset.digest == data.digest
 
 
 def test_an_experiment_gets_its_views_and_a_description_once(store: mlflow.MlflowClient) -> None:
