@@ -225,26 +225,29 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 def picture(means: pd.DataFrame) -> Figure:
     """Accuracy on test of each arm, with the standard deviation over seeds; a panel for each set.
 
-    ``means`` is what ``table`` gives.
+    ``means`` is what ``table`` gives; a set of one arm has nothing to compare.
     """
-    panels = list(means.groupby(["model", "comparison", "budget"], sort=False))
+    sets = means.groupby(["model", "comparison", "budget"], sort=False)
+    panels = [(key, rows) for key, rows in sets if len(rows) > 1]
     n_columns = min(len(panels), 4)
     n_rows = -(-len(panels) // n_columns)
-    figure = Figure(figsize=(4.2 * n_columns, 2.9 * n_rows), layout="constrained")
+    figure = Figure(figsize=(4.2 * n_columns, 3.2 * n_rows), layout="constrained")
     grid = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     for axes, ((model, comparison, budget), rows) in zip(grid, panels, strict=False):
         ordered = rows.sort_values("test_accuracy")
         accuracy, spread = 100 * ordered["test_accuracy"], 100 * ordered["test_std"].fillna(0)
-        colours = [plots.BLUE if arm in arms.OURS else plots.GREY for arm in ordered["arm"]]
-        bars = axes.barh(ordered["arm"], accuracy, xerr=spread, color=colours, capsize=3)
-        axes.bar_label(bars, fmt="%.1f", padding=4)
-        low = accuracy.min()
-        axes.set_xlim(max(0.0, low - 0.3 * (101 - low)), 101)
+        # Points, not bars: the axis does not begin at 0.
+        for arm, x, half in zip(ordered["arm"], accuracy, spread, strict=True):
+            colour = plots.GREY if arm in arms.ARMS else plots.BLUE
+            axes.errorbar(x, arm, xerr=half, fmt="o", color=colour, capsize=3 if half else 0)
+            at_the_edge = axes.get_yaxis_transform()
+            axes.text(1.02, arm, f"{x:.1f}", transform=at_the_edge, va="center")
+        axes.grid(axis="x", alpha=0.3)
         axes.set_title(f"{model.upper()}, {comparison}, {budget} CPU-s", loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("test accuracy (%), mean over seeds")
+    figure.supxlabel("test accuracy (%), mean over seeds; this project in blue")
     return figure
 
 
