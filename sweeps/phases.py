@@ -29,10 +29,8 @@ MARGIN = 0.9  # of a grant that is planned with: CPU-seconds vary with what else
 LENGTH = 2.0  # whole fits are sqrt(steps that the budget pays for) / LENGTH; the rest is theirs
 MAX_CONFIRMING = 2  # further seeds of the winner
 FEWEST_STEPS = 3  # of a racing trial, if any of the screen can do so many
-RETRY_OF = "retry_of"  # user attribute: the trial whose worker has died
-SCREENED = (
-    "screened"  # user attribute of a racing trial: the one of the screen that it goes on with
-)
+# User attributes: the trial whose worker has died; the one of the screen that a race goes on with.
+RETRY_OF, SCREENED = "retry_of", "screened"
 N_SAFE = 2  # racing trials that keep the late hyperparameters of the screen
 
 Trial = optuna.trial.FrozenTrial
