@@ -225,10 +225,9 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 def picture(means: pd.DataFrame) -> Figure:
     """Accuracy on test of each arm, with the standard deviation over seeds; a panel for each set.
 
-    ``means`` is what ``table`` gives; a set of one arm has nothing to compare.
+    ``means`` is what ``table`` gives.
     """
-    sets = means.groupby(["model", "comparison", "budget"], sort=False)
-    panels = [(key, rows) for key, rows in sets if len(rows) > 1]
+    panels = list(means.groupby(["model", "comparison", "budget"], sort=False))
     n_columns = min(len(panels), 4)
     n_rows = -(-len(panels) // n_columns)
     figure = Figure(figsize=(4.2 * n_columns, 3.2 * n_rows), layout="constrained")

@@ -23,7 +23,7 @@ from sweeps.trial import Outcome
 SCREEN_SHARE = 0.2  # of the budget
 DEAR = 4  # times the median of what was screened so far: more is not spent on one epoch
 # An error of e after a schedule of one step is one of e (FLOOR + (1 - FLOOR) n^-DECLINE) after one
-# of n: what the CNN and the LSTM do on 40,000 letters, for n from 2 to 34, within a tenth or so.
+# of n: what the CNN and the LSTM do on 40,000 letters, for n from 2 to 34, within 15 %.
 FLOOR, DECLINE = 0.5, 0.7
 MARGIN = 0.9  # of a grant that is planned with: CPU-seconds vary with what else runs
 LENGTH = 2.0  # whole fits are sqrt(steps that the budget pays for) / LENGTH; the rest is theirs

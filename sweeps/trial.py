@@ -135,7 +135,7 @@ class Referee:
         self.state = "complete"
 
     @charge("search")
-    def __call__(self, message: Message, overdraft: float = 0.0) -> bool:
+    def __call__(self, message: Message, overdraft: float) -> bool:
         """``message`` has step, val_accuracy, and cpu_seconds and bill since the trial began.
 
         ``overdraft`` CPU-seconds of the grant are gone: the sweep needed them beside its trials.

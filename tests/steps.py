@@ -68,9 +68,8 @@ LEFT = Engine.left
 def left_until(n_trials: int, overdraft: float = 0.0) -> Callable[[Engine], float]:
     """An ``Engine.left`` by which a sweep begins so many trials, and its budget is then spent.
 
-    And ``overdraft`` CPU-seconds more.
-
-    So a test can give a budget that is ample on any machine, and still end soon.
+    It is, and ``overdraft`` CPU-seconds more. So a test can give a budget that is ample on any
+    machine, and still end soon.
     """
 
     def left(engine: Engine) -> float:
