@@ -44,7 +44,7 @@ class Objective:
         self.made_of = (model, root, seed, whole, policy, folder)
         space: Mapping[str, Param] = self.member.PARAMS
         self.fixed = {name: param.default for name, param in space.items()}
-        searched = [name for name in space if name not in ("epochs", "dtype_policy")]
+        searched = [name for name in space if name not in ("epochs", "n_letters", "dtype_policy")]
         if whole:
             searched = [name for name in searched if name in PLAIN[model]]
         elif "dtype_policy" in space:
@@ -323,7 +323,7 @@ def ours(part: str, model: str, root: Path, seed: int, budget: float, whole: boo
         phases.SCREEN_SHARE = 1e-9
     elif part == "without_phases":  # TPE and median pruning of whole fits
         del member.STEPS
-        member.FIXED = member.FIXED | {"epochs": EPOCHS}
+        member.FIXED = member.FIXED | {"epochs": EPOCHS, "n_letters": 0}
         optuna.pruners.SuccessiveHalvingPruner = (  # type: ignore[assignment,misc]
             lambda **given: optuna.pruners.MedianPruner()
         )

@@ -1,8 +1,9 @@
 """Which trial comes next: screen, race, confirm.
 
 A model whose fit can be of any length (``STEPS`` names the hyperparameter that says so) is tuned
-in three phases. *Screen*: many sets of hyperparameters, each for one step. *Race*: the best of them
-for as many steps as their share of the budget pays for. *Confirm*: the winner under other seeds.
+in three phases. *Screen*: many sets of hyperparameters, each in a short fit (``SCREEN``). *Race*:
+the best of them for as many steps as their share of the budget pays for. *Confirm*: the winner
+under other seeds.
 For any other model TPE proposes, and successive halving stops, until the budget is spent.
 """
 
@@ -15,18 +16,19 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from pipeline.spec import Params
+from pipeline.spec import Dataset, Params
 from sweeps import search
 from sweeps.budget import GRANT_SHARE
 from sweeps.trial import Outcome
 
-SCREEN_SHARE = 0.2  # of the budget
+SCREEN_SHARE = 0.25  # of the budget
 DEAR = 4  # times the median of what was screened so far: more is not spent on one epoch
-# An error of e after a schedule of one step is one of e (FLOOR + (1 - FLOOR) n^-DECLINE) after one
-# of n: what the CNN and the LSTM do on 40,000 letters, for n from 2 to 34, within 15 %.
-FLOOR, DECLINE = 0.5, 0.7
+# An error of e after a short fit is one of e (FLOOR + (1 - FLOOR) n^-DECLINE) after one that sees n
+# times as many letters: what the priors of CNN and LSTM do on 40,000 letters, within a fifth.
+FLOOR, DECLINE = 0.3, 0.65
+VALIDATION = 0.5  # what a letter of val costs in an epoch, by one that is trained on
 MARGIN = 0.9  # of a grant that is planned with: CPU-seconds vary with what else runs
-LENGTH = 2.0  # whole fits are sqrt(steps that the budget pays for) / LENGTH; the rest is theirs
+LENGTH = 3.0  # whole fits are sqrt(steps that the budget pays for) / LENGTH; the rest is theirs
 MAX_CONFIRMING = 2  # further seeds of the winner
 FEWEST_STEPS = 3  # of a racing trial, if any of the screen can do so many
 # User attributes: the trial whose worker has died; the one of the screen that a race goes on with.
@@ -43,6 +45,21 @@ class Proposal(NamedTuple):
     phase: str
     seed: int
     grant: float
+
+
+class Growth(NamedTuple):
+    """What a step of a whole fit is by one of the screen: in letters seen, and in CPU time."""
+
+    letters: float = 1.0
+    cost: float = 1.0
+
+
+def growth(member: ModuleType, data: Dataset) -> Growth:
+    """How much more a step of a model's whole fit is, where a screen sees some letters only."""
+    n_train, n_val = (len(data.part(name).labels) for name in ("train", "val"))
+    n_short = min(search.short_fit(member).get("n_letters") or n_train, n_train)
+    looks = VALIDATION * n_val
+    return Growth(n_train / n_short, (n_train + looks) / (n_short + looks))
 
 
 class Shares(NamedTuple):
@@ -81,11 +98,13 @@ class Phases:
         cpu_seconds: float,
         outcomes: Sequence[Outcome],
         everywhere: Params,
+        growth: Growth,
     ) -> None:
         """``cpu_seconds`` is the whole budget; ``outcomes`` grows while trials end.
 
         Every trial has the hyperparameters ``everywhere``.
         """
+        self.growth = growth
         self.study, self.member, self.seed, self.total = study, member, seed, cpu_seconds
         self.outcomes, self.everywhere = outcomes, everywhere
         self.steps: str | None = getattr(member, "STEPS", None)
@@ -154,17 +173,21 @@ class Phases:
         return self._propose(self._params(winner.number), "confirm", seed, grant)
 
     def _n_steps(self, screened: Outcome, grant: float) -> int:
-        """Steps that a grant pays for, of what was screened by one."""
-        step = _step(screened)
-        extra = screened.cpu_seconds - step
+        """Steps of a whole fit that a grant pays for, of what was screened."""
+        step, extra = self._costs(screened)
         return min(math.floor((MARGIN * grant - extra) / step), max_steps(self.member))
+
+    def _costs(self, screened: Outcome) -> tuple[float, float]:
+        """CPU-seconds of a whole fit's step, and beside its steps, from a short fit."""
+        short = max(screened.bill.get("fit", 0.0), 1e-3)
+        return self.growth.cost * short, screened.cpu_seconds - short
 
     def _promising(self, screened: Sequence[Outcome], grant: float) -> list[Outcome]:
         """What can race with a grant, by the error that its schedule is expected to end with."""
 
         def expected(one: Outcome) -> float:
-            n_steps = float(self._n_steps(one, grant))
-            return _error(one) * (FLOOR + (1 - FLOOR) * math.pow(n_steps, -DECLINE))
+            more = self.growth.letters * self._n_steps(one, grant)
+            return _error(one) * (FLOOR + (1 - FLOOR) * math.pow(more, -DECLINE))
 
         # One that can do but a step or two is no better off than in the screen.
         able = [one for one in screened if self._n_steps(one, grant) >= FEWEST_STEPS]
@@ -179,7 +202,8 @@ class Phases:
         assert self.steps is not None
         raced = [one.user_attrs.get(SCREENED) for one in (*self._begun("race"), *self._hopeless())]
         one = min(promising, key=lambda one: raced.count(one.number))
-        fixed = self._params(one.number) | {self.steps: self._n_steps(one, grant)}
+        whole = search.whole(self.member) | {self.steps: self._n_steps(one, grant)}
+        fixed = self._params(one.number) | whole
         if len(raced) >= N_SAFE or one.number in raced:
             for name in getattr(self.member, "LATE", ()):
                 del fixed[name]
@@ -247,8 +271,7 @@ class Phases:
         if key not in self.study.user_attrs:
             # By what would be best with half of it: how many share it is not known yet.
             best = (self._promising(screened, left / 2) or screened)[0]
-            step = _step(best)
-            found = shares(left, step, best.cpu_seconds - step, max_steps(self.member))
+            found = shares(left, *self._costs(best), max_steps(self.member))
             self.study.set_user_attr(key, found._asdict())
         return Shares(**self.study.user_attrs[key])
 
@@ -274,11 +297,6 @@ class Phases:
 
 def _lost_twice(trial: Trial) -> bool:
     return RETRY_OF in trial.user_attrs and trial.state == TrialState.FAIL
-
-
-def _step(screened: Outcome) -> float:
-    """CPU-seconds of a fit's step, from a fit of one."""
-    return max(screened.bill.get("fit", 0.0), 1e-3)
 
 
 def _error(outcome: Outcome) -> float:

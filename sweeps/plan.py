@@ -18,7 +18,7 @@ from sweeps import search
 from sweeps.budget import GRANT_SHARE, RESERVE_CPU_SECONDS, own_cpu_seconds
 from sweeps.engine import Task, preload
 from sweeps.nursery import Message, Nursery
-from sweeps.phases import MARGIN, SCREEN_SHARE, max_steps, shares
+from sweeps.phases import MARGIN, SCREEN_SHARE, Growth, growth, max_steps, shares
 from sweeps.trial import prepare as prepare  # the nursery calls it
 
 PLAN_CPU_SECONDS = 20.0  # all that a plan may spend, start-up included
@@ -150,8 +150,9 @@ def plan(task: Task, cpu_seconds: float, prepared: float) -> str:
     rows: list[list[object]] = [
         ["start-up and closing", "", "", f"{start + RESERVE_CPU_SECONDS:.0f}"]
     ]
-    if hasattr(registry.load(models, task.model), "STEPS"):
-        rows += _phased(timed, cpu_seconds, left)
+    member = registry.load(models, task.model)
+    if hasattr(member, "STEPS"):
+        rows += _phased(timed, cpu_seconds, left, growth(member, task.data))
     else:
         rows += _halved(timed, grant, left)
     spent = own_cpu_seconds() - prepared
@@ -165,16 +166,18 @@ def plan(task: Task, cpu_seconds: float, prepared: float) -> str:
     )
 
 
-def _phased(timed: Sequence[Timed], cpu_seconds: float, left: float) -> list[list[object]]:
-    """Rows of the phases: a screen by one step, then whole fits of the best (here: the median)."""
-    costs = [one.cost(1) for one in timed]
+def _phased(
+    timed: Sequence[Timed], cpu_seconds: float, left: float, growth: Growth
+) -> list[list[object]]:
+    """Rows of the phases: a screen by short fits, then whole fits of the median."""
+    costs = [one.extra + one.step / growth.cost for one in timed]
     n_screened = max(1, math.ceil(min(left, SCREEN_SHARE * cpu_seconds) / mean(costs)))
     left -= n_screened * mean(costs)
     good = sorted(timed, key=lambda one: one.later)[len(timed) // 2]
     plan = shares(max(left, 0.0), good.later, good.extra, good.n_steps)
     n_steps = good.n_affordable(MARGIN * plan.cpu_seconds)
     rows: list[list[object]] = [
-        ["screen, the deck's model first", f"about {n_screened}", 1, _range(costs)]
+        ["screen, the deck's model first", f"about {n_screened}", "short", _range(costs)]
     ]
     for phase, n_fits in (("race", plan.n_racing), ("confirm", plan.n_confirming)):
         if n_fits and n_steps:
@@ -212,7 +215,9 @@ def _time(task: Task, prepared: float) -> tuple[list[Timed], int, float]:
         chosen = precision.resolve(task.precision, member.PARAMS, lambda: precision.LEAST_GAIN)
         everywhere = precision.params(chosen, member.PARAMS)
         proposals = search.proposals(member, task.seed, MAX_TIMED, everywhere)
-        for number, params in enumerate(proposals):
+        whole = search.whole(member)
+        for number, proposed in enumerate(proposals):
+            params = proposed | whole
             grant = GRANTS[min(number, 2)]
             spent = own_cpu_seconds() - prepared + nursery.cpu_seconds()
             if spent + grant > PLAN_CPU_SECONDS - CLOSING_CPU_SECONDS:

@@ -95,12 +95,26 @@ def screened(member: ModuleType, place: int) -> Params:
     some. Those after them have its ``FIXED`` values, and, as a short fit tells nothing about what
     pays in a long one, the ``LATE`` hyperparameters of the first prior, or the defaults'.
     """
-    steps: Params = {member.STEPS: 1} if hasattr(member, "STEPS") else {}
+    short = short_fit(member) if hasattr(member, "STEPS") else {}
     if place < len(known(member)):
-        return known(member)[place] | steps
+        return known(member)[place] | short
     late = {name: known(member)[:2][-1][name] for name in getattr(member, "LATE", ())}
     fixed: Params = getattr(member, "FIXED", {})
-    return fixed | late | steps
+    return fixed | late | short
+
+
+def short_fit(member: ModuleType) -> Params:
+    """What each fit of a screen has, of a model with ``STEPS``: one step, if it names no more."""
+    short: Params = getattr(member, "SCREEN", {member.STEPS: 1})
+    return short
+
+
+def whole(member: ModuleType) -> Params:
+    """What the fits of a race have in the place of ``short_fit``, but for the number of steps."""
+    if not hasattr(member, "STEPS"):
+        return {}
+    names = [name for name in short_fit(member) if name != member.STEPS]
+    return {name: member.PARAMS[name].default for name in names}
 
 
 @charge("search")

@@ -8,6 +8,8 @@ PARAMS = {
     "learning_rate": Param(1e-3, FloatDistribution(5e-4, 4e-2, log=True)),  # of Adam, the highest
     "batch_size": Param(32, CategoricalDistribution((32, 64, 128, 256))),
     "epochs": Param(10, IntDistribution(1, 40)),
+    # That an epoch sees, evenly taken from the training letters; 0 is all.
+    "n_letters": Param(0, CategoricalDistribution((0, 10_000))),
     # Cosine: up for a tenth of the fit, then down to 0 at its last batch.
     "schedule": Param("constant", CategoricalDistribution(("constant", "cosine"))),
     "weight_decay": Param(0.0, FloatDistribution(0.0, 0.2)),  # of AdamW; kernels only
@@ -19,12 +21,14 @@ PARAMS = {
     "dtype_policy": Param("float32", CategoricalDistribution(("float32", "mixed_bfloat16"))),
 }
 STEPS = "epochs"
+SCREEN: Params = {"epochs": 1, "n_letters": 10_000}
 LATE = ("weight_decay", "label_smoothing", "dropout", "augment")
 FIXED: Params = {"schedule": "cosine", "average": 0.0}
 PRIOR: Params = FIXED | {
     "learning_rate": 1e-2,
     "batch_size": 64,
     "epochs": 10,
+    "n_letters": 0,
     "weight_decay": 0.05,
     "label_smoothing": 0.1,
     "dropout": 0.2,

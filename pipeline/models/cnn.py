@@ -20,7 +20,7 @@ PARAMS = {
     "separable": Param(False, CategoricalDistribution((False, True))),  # but for the first
     "dense_units": Param(128, IntDistribution(64, 512, step=64)),
 } | _recipe.PARAMS
-STEPS, LATE, FIXED = _recipe.STEPS, _recipe.LATE, _recipe.FIXED
+STEPS, SCREEN, LATE, FIXED = _recipe.STEPS, _recipe.SCREEN, _recipe.LATE, _recipe.FIXED
 _PRIOR = _recipe.PRIOR | {
     "filters": 32,
     "widening": 2,

@@ -25,7 +25,8 @@ PARAMS = {
     "batch_norm": Param(False, CategoricalDistribution((False, True))),  # after each reader
     "dense_units": Param(128, IntDistribution(64, 512, step=64)),
 } | _recipe.PARAMS
-STEPS, LATE, FIXED = _recipe.STEPS, _recipe.LATE, _recipe.FIXED | {"batch_norm": True}
+STEPS, SCREEN, LATE = _recipe.STEPS, _recipe.SCREEN, _recipe.LATE
+FIXED = _recipe.FIXED | {"batch_norm": True}
 _PRIOR = _recipe.PRIOR | {
     "batch_size": 128,
     "reading": "rows_columns",

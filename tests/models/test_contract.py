@@ -97,6 +97,18 @@ def test_priors_lie_in_their_distributions(model: str) -> None:
         assert cli.hyperparameters(model, module.PARAMS, typed) == prior
 
 
+def test_a_screen_lies_in_its_distributions(model: str) -> None:
+    module = registry.load(models, model)
+    if not hasattr(module, "STEPS"):
+        assert not hasattr(module, "SCREEN")
+        return
+    screen = getattr(module, "SCREEN", {module.STEPS: 1})
+    typed = {name: str(value) for name, value in screen.items()}
+    # Law: it names the steps, and values that the command line accepts too.
+    assert module.STEPS in screen
+    assert screen.items() <= cli.hyperparameters(model, module.PARAMS, typed).items()
+
+
 def test_defaults_lie_in_their_distributions(model: str) -> None:
     space = registry.load(models, model).PARAMS
     defaults = {name: param.default for name, param in space.items()}

@@ -189,6 +189,29 @@ def test_the_same_seed_gives_the_same_network(change: Params) -> None:
     np.testing.assert_allclose(answers, answers_again, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("n_letters", "rows"), [(0, range(60)), (61, range(60)), (20, range(0, 60, 3)), (7, None)]
+)
+def test_a_fit_may_see_some_of_the_letters(n_letters: int, rows: range | None) -> None:
+    some = _keras._some(LETTERS, n_letters)
+    if rows is None:  # it does not go into 60: from all over them, each once
+        marked = Part(IMAGES, np.arange(60, dtype=np.uint8))
+        taken = _keras._some(marked, n_letters).labels
+        assert len(taken) == n_letters
+        assert set(np.diff(taken)) == {8, 9}
+        return
+    np.testing.assert_array_equal(some.labels, LETTERS.labels[list(rows)])
+    np.testing.assert_array_equal(some.images, IMAGES[list(rows)])
+    params = params_of("cnn", {"epochs": 1, "filters": 16})
+    answers = [
+        cnn.fit(params | {"n_letters": n}, part, LETTERS, 3, lambda step, value: False).predict(
+            IMAGES
+        )
+        for n, part in ((n_letters, LETTERS), (0, some))
+    ]
+    np.testing.assert_allclose(*answers, atol=1e-5)
+
+
 def test_a_fit_in_bfloat16_answers_in_float32() -> None:
     values, answers = fit(dtype_policy="mixed_bfloat16")
     exact, exact_answers = fit()

@@ -7,15 +7,15 @@ from typing import Any, cast
 
 import optuna
 import pytest
-from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
 from pipeline.spec import Param, Params
 from sweeps import phases, search
-from sweeps.phases import MARGIN, SCREEN_SHARE, Phases, Proposal, shares
+from sweeps.phases import MARGIN, SCREEN_SHARE, Growth, Phases, Proposal, growth, shares
 from sweeps.trial import Outcome
 
-PRIOR = {"width": 4, "rate": 0.3, "dropout": 0.25, "epochs": 10, "policy": 0}
+PRIOR = {"width": 4, "rate": 0.3, "dropout": 0.25, "epochs": 10, "n_letters": 0, "policy": 0}
 MODEL = cast(
     ModuleType,
     SimpleNamespace(
@@ -24,23 +24,27 @@ MODEL = cast(
             "rate": Param(0.1, FloatDistribution(0.0, 1.0)),
             "dropout": Param(0.0, FloatDistribution(0.0, 0.5)),
             "epochs": Param(10, IntDistribution(1, 30)),
+            "n_letters": Param(0, CategoricalDistribution((0, 100))),
             "policy": Param(0, IntDistribution(0, 1)),
         },
         PRIORS=[PRIOR],
         LATE=("dropout",),
         STEPS="epochs",
+        SCREEN={"epochs": 1, "n_letters": 100},
     ),
 )
+GROWTH = Growth(letters=4.0, cost=3.0)  # of an epoch on all letters, by one on 100 of them
 EXTRA = 2.0  # CPU-seconds of a trial beside its steps
 
 
 def step(params: Params) -> float:
     """CPU-seconds of an epoch."""
-    return 2.0 + float(params["width"])
+    return (2.0 + float(params["width"])) / (GROWTH.cost if params["n_letters"] else 1.0)
 
 
 def accuracy(params: Params, seed: int) -> float:
-    error = (0.5 + abs(params["rate"] - 0.3)) / (1 + params["width"]) / params["epochs"] ** 0.5
+    seen = params["epochs"] * (1.0 if params["n_letters"] else GROWTH.letters)
+    error = (0.5 + abs(params["rate"] - 0.3)) / (1 + params["width"]) / seen**0.5
     return 1 - 0.5 * error - 0.001 * seed
 
 
@@ -50,7 +54,7 @@ class Driver:
     def __init__(self, folder: Path, total: float, seed: int = 0) -> None:
         self.study = search.open_study("a", seed, folder, "epochs")
         self.outcomes = search.past_outcomes(self.study)
-        self.phases = Phases(self.study, MODEL, seed, total, self.outcomes, {"policy": 1})
+        self.phases = Phases(self.study, MODEL, seed, total, self.outcomes, {"policy": 1}, GROWTH)
         self.total = total
         self.proposals: list[Proposal] = []
 
@@ -100,17 +104,17 @@ class Driver:
 
 
 def late(params: Params) -> Params:
-    return {name: value for name, value in params.items() if name != "epochs"}
+    return {name: value for name, value in params.items() if name not in MODEL.SCREEN}
 
 
 def test_the_screen_begins_with_the_defaults_and_the_priors(tmp_path: Path) -> None:
     driver = Driver(tmp_path, 1000)
     driver.run()
     first, second, *others = [proposal.trial.params for proposal in driver.of("screen")]
-    assert first == {"width": 2, "rate": 0.1, "dropout": 0.0, "epochs": 1, "policy": 1}
-    assert second == PRIOR | {"epochs": 1, "policy": 1}
-    # Law: each takes one step; what a step does not tell is the first prior's.
-    assert {params["epochs"] for params in others} == {1}
+    assert first == {"width": 2, "rate": 0.1, "dropout": 0.0, "policy": 1} | MODEL.SCREEN
+    assert second == PRIOR | MODEL.SCREEN | {"policy": 1}
+    # Law: each is a short fit; what that does not tell is the first prior's.
+    assert {(params["epochs"], params["n_letters"]) for params in others} == {(1, 100)}
     assert {params["dropout"] for params in others} == {0.25}
     assert len({params["rate"] for params in others}) == len(others)
 
@@ -136,11 +140,14 @@ def test_a_budget_is_screened_raced_and_confirmed(tmp_path: Path, total: float) 
     racing = driver.of("race")
 
     def promised(one: Outcome) -> float:
-        n_steps = min((MARGIN * racing[0].grant - EXTRA) // one.bill["fit"], 30)
-        return (1 - (one.val_accuracy or 0)) * (0.5 + 0.5 * n_steps**-0.7)
+        step = GROWTH.cost * one.bill["fit"]
+        n_steps = min((MARGIN * racing[0].grant - EXTRA) // step, 30)
+        return (1 - (one.val_accuracy or 0)) * (0.3 + 0.7 * (GROWTH.letters * n_steps) ** -0.65)
 
     best = min(screened, key=promised)
     assert late(racing[0].trial.params) == late(driver.study.trials[best.number].params)
+    # Law: on all letters, and for longer.
+    assert {proposal.trial.params["n_letters"] for proposal in racing} == {0}
     assert racing[0].trial.params["epochs"] > 1
     # Law: nothing races twice, as long as there are others.
     assert len({one.trial.user_attrs["screened"] for one in racing}) == len(racing)
@@ -166,9 +173,27 @@ def test_the_winner_is_trained_again_under_other_seeds(tmp_path: Path) -> None:
     assert winner.val_accuracy == max(values)
 
 
+@pytest.mark.parametrize(
+    ("n_train", "screen", "letters", "cost"),
+    [
+        (400, MODEL.SCREEN, 4.0, (400 + 20) / (100 + 20)),
+        (80, MODEL.SCREEN, 1.0, 1.0),  # fewer than a short fit would see
+        (400, {"epochs": 1}, 1.0, 1.0),  # which sees all
+    ],
+)
+def test_a_step_on_all_letters_is_dearer_than_one_of_the_screen(
+    n_train: int, screen: Params, letters: float, cost: float
+) -> None:
+    counts = {"train": n_train, "val": 40}
+    data: Any = SimpleNamespace(part=lambda name: SimpleNamespace(labels=[0] * counts[name]))
+    member: Any = SimpleNamespace(**{**vars(MODEL), "SCREEN": screen})
+    # A letter of val costs half of what one that is trained on does.
+    assert growth(member, data) == pytest.approx((letters, cost))
+
+
 def test_a_small_budget_has_one_whole_fit_and_a_large_one_more_and_longer() -> None:
     plans = [shares(left, 25.0, 3.0, 30) for left in (200, 900, 3000)]
-    assert [(plan.n_racing, plan.n_confirming) for plan in plans] == [(1, 0), (2, 1), (3, 2)]
+    assert [(plan.n_racing, plan.n_confirming) for plan in plans] == [(1, 0), (2, 0), (2, 2)]
     lengths = [plan.cpu_seconds for plan in plans]
     assert lengths == sorted(lengths)
     for plan, left in zip(plans, (200, 900, 3000), strict=True):
