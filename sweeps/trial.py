@@ -1,5 +1,6 @@
 """One trial: one set of hyperparameters, one fit in a process of its own, one child run."""
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -109,7 +110,10 @@ def body(spec: Message, call: Callable[[Message], Message]) -> Message:
         spent = {"cpu_seconds": time.process_time(), "bill": METER.seconds()}  # since the fork
         return bool(call({"step": step, "val_accuracy": val_accuracy, **spent})["stop"])
 
-    mlflow.set_tracking_uri(spec["tracking_uri"])
+    uri = spec["tracking_uri"]
+    if "letters" in spec:  # another machine may know the server by another name
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or uri
+    mlflow.set_tracking_uri(uri)
     run = tracking.Run(mlflow.MlflowClient(), spec["run_id"], spec["experiment_id"])
     if "letters" in spec:  # on another machine
         try:

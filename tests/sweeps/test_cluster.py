@@ -17,7 +17,7 @@ from typing import Any
 
 import mlflow
 import pytest
-from servers import Server
+from servers import Server, faulty
 from steps import SWEEP, alive, arguments, runs, toy, wait
 from stores import N_TRAIN, ROOT, members, open_store
 
@@ -142,6 +142,21 @@ def _kill_in_a_fit(site: Site, name: str) -> None:
     site.held(name)
     site.workers.kill(name)
     site.hold.unlink()
+
+
+def test_a_worker_may_know_the_server_by_another_name(site: Site, names: list[str]) -> None:
+    seen: list[str] = []
+
+    def note(method: str, path: str, body: bytes) -> str:
+        seen.append(f"{method} {path}")
+        return ""
+
+    with faulty(os.environ["MLFLOW_TRACKING_URI"], note) as other:
+        _end(site.type(n_trials=2, environment={**os.environ, "MLFLOW_TRACKING_URI": other}))
+    assert len(site.trials(site.sweep())) == 2
+    # Law: the driver's name of it is the driver's alone; the workers keep their models under theirs.
+    assert any("runs/create" in one for one in seen)
+    assert not any("logged-models" in one for one in seen if one.startswith("POST"))
 
 
 def test_a_killed_worker_s_trial_is_billed_and_tried_once_more(
