@@ -154,7 +154,7 @@ def test_a_worker_may_know_the_server_by_another_name(site: Site, names: list[st
     with faulty(os.environ["MLFLOW_TRACKING_URI"], note) as other:
         _end(site.type(n_trials=2, environment={**os.environ, "MLFLOW_TRACKING_URI": other}))
     assert len(site.trials(site.sweep())) == 2
-    # Law: the driver's name of it is the driver's alone; the workers keep their models under theirs.
+    # Law: the driver's name of it is the driver's alone; the workers log models under theirs.
     assert any("runs/create" in one for one in seen)
     assert not any("logged-models" in one for one in seen if one.startswith("POST"))
 
