@@ -30,6 +30,7 @@ VALIDATION = 0.5  # what a letter of val costs in an epoch, by one that is train
 MARGIN = 0.9  # of a grant that is planned with: CPU-seconds vary with what else runs
 LENGTH = 3.0  # whole fits are sqrt(steps that the budget pays for) / LENGTH; the rest is theirs
 MAX_CONFIRMING = 2  # further seeds of the winner
+SPARE = 0.5  # of a whole fit's share, that is enough for another one
 FEWEST_STEPS = 3  # of a racing trial, if any of the screen can do so many
 # User attributes: the trial whose worker has died; the one of the screen that a race goes on with.
 RETRY_OF, SCREENED = "retry_of", "screened"
@@ -158,19 +159,20 @@ class Phases:
         plan = self._plan(screened, left)
         racing, confirming = self._begun("race"), self._begun("confirm")
         n_left = plan.n_racing + plan.n_confirming - len(racing) - len(confirming)
-        if n_left <= 0:
-            return None
-        grant = max(left - (n_left - 1) * plan.cpu_seconds, min(left, plan.cpu_seconds))
+        grant = max(left - max(0, n_left - 1) * plan.cpu_seconds, min(left, plan.cpu_seconds))
         if len(racing) < plan.n_racing:
-            promising = self._promising(screened, grant)
-            return self._race(promising, grant) if promising else None
+            return self._race(screened, grant) if n_left > 0 else None
         if any(trial.state == TrialState.RUNNING for trial in racing):
             return None
-        winner = self.winner()
-        if winner is None or left < MARGIN * winner.cpu_seconds:
-            return None
-        seed = self.seed + 1 + len(confirming)
-        return self._propose(self._params(winner.number), "confirm", seed, grant)
+        winner, n_seeds = self.winner(), len(confirming)
+        payable = winner is not None and left >= MARGIN * winner.cpu_seconds
+        if winner and payable and plan.n_confirming and n_seeds < MAX_CONFIRMING:
+            params = self._params(winner.number)
+            return self._propose(params, "confirm", self.seed + 1 + n_seeds, grant)
+        # What racers have left that were stopped pays for one more.
+        if n_seeds == 0 and left >= SPARE * plan.cpu_seconds:
+            return self._race(screened, left)
+        return None
 
     def _n_steps(self, screened: Outcome, grant: float) -> int:
         """Steps of a whole fit that a grant pays for, of what was screened."""
@@ -194,12 +196,14 @@ class Phases:
         able = able or [one for one in screened if self._n_steps(one, grant) >= 1]
         return sorted(able, key=expected)
 
-    def _race(self, promising: Sequence[Outcome], grant: float) -> Proposal:
-        """A trial of the race, for as many steps as the grant pays for.
+    def _race(self, screened: Sequence[Outcome], grant: float) -> Proposal | None:
+        """A trial of the race, for as many steps as the grant pays for; None where that is none.
 
         The most promising one that has not raced yet; where all have, those again.
         """
-        assert self.steps is not None
+        promising = self._promising(screened, grant)
+        if not promising or self.steps is None:
+            return None
         raced = [one.user_attrs.get(SCREENED) for one in (*self._begun("race"), *self._hopeless())]
         one = min(promising, key=lambda one: raced.count(one.number))
         whole = search.whole(self.member) | {self.steps: self._n_steps(one, grant)}

@@ -246,6 +246,29 @@ def test_a_share_of_a_trial_that_failed_goes_to_another(tmp_path: Path) -> None:
     assert first != second
 
 
+@pytest.mark.parametrize("total", [300, 600, 1200, 3600])
+def test_what_stopped_racers_leave_is_spent(tmp_path: Path, total: float) -> None:
+    driver = Driver(tmp_path, total)
+
+    def all_but_the_first_are_stopped(proposal: Proposal) -> dict[str, Any]:
+        stopped = proposal.phase == "race" and len(driver.of("race")) in (2, 3)
+        return {"state": "pruned"} if stopped else {}
+
+    driver.run(all_but_the_first_are_stopped)
+    planned = driver.study.user_attrs[f"shares of {total:g}"]
+    winner = driver.phases.winner()
+    assert winner is not None
+    confirming = driver.of("confirm")
+    if planned["n_confirming"]:
+        # Law: by further seeds of the winner, as far as they are wanted or paid for.
+        assert len(confirming) == 2 or driver.left() < MARGIN * winner.cpu_seconds
+    else:
+        # Law: by another racer, until half a share is not left.
+        assert driver.left() < 0.5 * planned["cpu_seconds"]
+        assert not confirming
+        assert len(driver.of("race")) > planned["n_racing"] or planned["n_racing"] == 1
+
+
 def test_what_has_no_time_for_some_steps_does_not_race(tmp_path: Path) -> None:
     driver = Driver(tmp_path, 400)
     proposal = driver.ask()
