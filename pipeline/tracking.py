@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,7 @@ from pipeline.spec import LETTERS, SIDE, Dataset, Fitted, Images, UserError
 BUSY = (429, 500, 502, 503, 504)  # what a server answers that may do better soon
 PATIENCE = 5  # times that it is asked again, after 0, 2, 4, 8 and 16 seconds
 ATTEMPTS = 5  # to log a model with a server that breaks down
+BROKEN_OFF = "IncompleteRead"  # in what requests says of half an answer
 REQUEST = "request"  # tag: what tells one run that was asked for twice from two runs
 NOTE = "mlflow.note.content"  # the tag that the MLflow UI shows as description
 # Unnamed: MLflow would hand named tensors on as a dict.
@@ -81,6 +82,20 @@ class LoggedModel(NamedTuple):
     mb: float
 
 
+def _again(call: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    """Call a server, and once more where it died in the midst of its answer.
+
+    MLflow asks again in other cases, but not then. What was written already is not written twice;
+    a run that was made twice, as where MLflow itself asks again, is deleted later.
+    """
+    try:
+        return call(*given, **named)
+    except mlflow.MlflowException as error:
+        if BROKEN_OFF not in str(error):
+            raise
+        return call(*given, **named)
+
+
 @dataclass(frozen=True)
 class Run:
     """One open MLflow run."""
@@ -91,7 +106,7 @@ class Run:
 
     @charge("tracking")
     def name(self, name: str) -> None:
-        self.client.update_run(self.id, name=name)
+        _again(self.client.update_run, self.id, name=name)
 
     def describe(self, markdown: str) -> None:
         """Set the description, which the MLflow UI shows on the run's page."""
@@ -105,9 +120,8 @@ class Run:
         tags: Mapping[str, Any] | None = None,
     ) -> None:
         """Log metrics of several steps, params and tags in one write."""
-        self.client.log_batch(
-            self.id,
-            metrics=[
+        batch: dict[str, Any] = {
+            "metrics": [
                 Metric(
                     key,
                     float(value),
@@ -118,16 +132,17 @@ class Run:
                 for point in points
                 for key, value in point.values.items()
             ],
-            params=[Param(key, str(value)) for key, value in (params or {}).items()],
-            tags=[RunTag(key, str(value)) for key, value in (tags or {}).items()],
-        )
+            "params": [Param(key, str(value)) for key, value in (params or {}).items()],
+            "tags": [RunTag(key, str(value)) for key, value in (tags or {}).items()],
+        }
+        _again(self.client.log_batch, self.id, **batch)
 
     def tags(self, tags: Mapping[str, Any]) -> None:
         self.write(tags=tags)
 
     def params(self, params: Mapping[str, Any]) -> None:
         """Log params, but for those that ``mlflow run`` has logged before us as they were typed."""
-        there = self.client.get_run(self.id).data.params
+        there = _again(self.client.get_run, self.id).data.params
         self.write(params={key: value for key, value in params.items() if key not in there})
 
     def metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
@@ -135,7 +150,7 @@ class Run:
 
     @charge("tracking")
     def close(self, status: str) -> None:
-        self.client.set_terminated(self.id, status)
+        _again(self.client.set_terminated, self.id, status)
 
     @charge("tracking")
     def delete(self) -> None:
@@ -359,7 +374,7 @@ def create(
     texts |= {"mlflow.parentRunId": parent.id} if parent else {}
     texts |= {"step": step, "mlflow.source.name": step, "mlflow.source.type": "LOCAL"}
     texts |= {"process": owner.me()}
-    entity = client.create_run(home, tags=texts, run_name=name or step)
+    entity = _again(client.create_run, home, tags=texts, run_name=name or step)
     return Run(client, entity.info.run_id, entity.info.experiment_id)
 
 

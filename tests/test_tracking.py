@@ -60,6 +60,34 @@ def test_two_runs_may_be_the_first_of_a_data_set_at_once(
         assert used.dataset.digest == data.digest
 
 
+@pytest.mark.parametrize(
+    ("error", "n_asked"), [("IncompleteRead(0 bytes read, 2 more expected)", 2), ("refused", 1)]
+)
+def test_half_an_answer_is_asked_for_again(
+    error: str, n_asked: int, store: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = mlflow.MlflowClient.log_batch, []
+
+    def break_off(*given: Any, **named: Any) -> None:
+        real(*given, **named)
+        asked.append(named)
+        if len(asked) == 1:
+            raise mlflow.MlflowException(f"API request failed with exception {error}")
+
+    with tracking.start("train") as run:
+        monkeypatch.setattr(mlflow.MlflowClient, "log_batch", break_off)
+        points = [tracking.Point(step, 1.0 + step, {"val_accuracy": 0.5}) for step in (1, 2)]
+        again = contextlib.nullcontext() if n_asked == 2 else pytest.raises(mlflow.MlflowException)
+        with again:
+            run.write(points, params={"depth": 3}, tags={"state": "complete"})
+        assert len(asked) == n_asked
+        monkeypatch.undo()
+    # Law: nothing is there twice.
+    history = store.get_metric_history(run.id, "val_accuracy")
+    assert [point.step for point in history] == [1, 2]
+    assert store.get_run(run.id).data.params["depth"] == "3"
+
+
 def test_an_experiment_gets_its_views_and_a_description_once(store: mlflow.MlflowClient) -> None:
     with tracking.start("train"):
         pass
