@@ -19,7 +19,7 @@ from sweeps import processes, search
 from sweeps.budget import RESERVE_CPU_SECONDS, Ledger, own_cpu_seconds
 from sweeps.cluster import Cluster
 from sweeps.nursery import Message, Nursery, lost
-from sweeps.phases import RETRY_OF, Growth, Phases, Proposal, growth
+from sweeps.phases import RETRY_OF, Phases, Proposal, growth
 from sweeps.trial import REFUSED, STATUS, Outcome, Referee, description
 
 MAX_FAILURES = 3  # a sweep whose first trials all fail has one cause
@@ -214,8 +214,7 @@ class Engine:
 
     def _phases_of(self, everywhere: Params) -> Phases:
         seed, total = self.task.seed, self.ledger.total
-        phased = hasattr(self.member, "STEPS")
-        by = growth(self.member, self.task.data) if phased else Growth()
+        by = growth(self.member, self.task.data)
         return Phases(self.study, self.member, seed, total, self.outcomes, everywhere, by)
 
     def _probe(self) -> float:

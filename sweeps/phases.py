@@ -51,8 +51,8 @@ class Proposal(NamedTuple):
 class Growth(NamedTuple):
     """What a step of a whole fit is by one of the screen: in letters seen, and in CPU time."""
 
-    letters: float = 1.0
-    cost: float = 1.0
+    letters: float
+    cost: float
 
 
 def growth(member: ModuleType, data: Dataset) -> Growth:
@@ -165,8 +165,8 @@ class Phases:
         if any(trial.state == TrialState.RUNNING for trial in racing):
             return None
         winner, n_seeds = self.winner(), len(confirming)
-        payable = winner is not None and left >= MARGIN * winner.cpu_seconds
-        if winner and payable and plan.n_confirming and n_seeds < MAX_CONFIRMING:
+        wanted = plan.n_confirming and n_seeds < MAX_CONFIRMING
+        if winner and wanted and left >= MARGIN * winner.cpu_seconds:
             params = self._params(winner.number)
             return self._propose(params, "confirm", self.seed + 1 + n_seeds, grant)
         # What racers have left that were stopped pays for one more.
@@ -201,8 +201,9 @@ class Phases:
 
         The most promising one that has not raced yet; where all have, those again.
         """
+        assert self.steps is not None
         promising = self._promising(screened, grant)
-        if not promising or self.steps is None:
+        if not promising:
             return None
         raced = [one.user_attrs.get(SCREENED) for one in (*self._begun("race"), *self._hopeless())]
         one = min(promising, key=lambda one: raced.count(one.number))

@@ -95,7 +95,7 @@ def screened(member: ModuleType, place: int) -> Params:
     some. Those after them have its ``FIXED`` values, and, as a short fit tells nothing about what
     pays in a long one, the ``LATE`` hyperparameters of the first prior, or the defaults'.
     """
-    short = short_fit(member) if hasattr(member, "STEPS") else {}
+    short = short_fit(member)
     if place < len(known(member)):
         return known(member)[place] | short
     late = {name: known(member)[:2][-1][name] for name in getattr(member, "LATE", ())}
@@ -104,15 +104,15 @@ def screened(member: ModuleType, place: int) -> Params:
 
 
 def short_fit(member: ModuleType) -> Params:
-    """What each fit of a screen has, of a model with ``STEPS``: one step, if it names no more."""
+    """What each fit of a screen has: ``SCREEN``, else one step; nothing where there are none."""
+    if not hasattr(member, "STEPS"):
+        return {}
     short: Params = getattr(member, "SCREEN", {member.STEPS: 1})
     return short
 
 
 def whole(member: ModuleType) -> Params:
     """What the fits of a race have in the place of ``short_fit``, but for the number of steps."""
-    if not hasattr(member, "STEPS"):
-        return {}
     names = [name for name in short_fit(member) if name != member.STEPS]
     return {name: member.PARAMS[name].default for name in names}
 
