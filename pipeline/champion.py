@@ -82,7 +82,7 @@ def register(
             twice = other.tags.get("registered_by") == run_id
             if twice and str(other.version) != str(version.version):
                 client.delete_model_version(NAME, str(other.version))
-    client.set_registered_model_alias(NAME, CHALLENGER, version.version)
+    _point(client, CHALLENGER, version.version)
     return version
 
 
@@ -103,8 +103,8 @@ def crown(client: mlflow.MlflowClient, seen: Stand, version: ModelVersion, run_i
     if _aliases(client).get(CHAMPION) != before:  # moved by hand: that takes no number
         return False
     if before is not None:
-        client.set_registered_model_alias(NAME, PREVIOUS, before)
-    client.set_registered_model_alias(NAME, CHAMPION, version.version)
+        _point(client, PREVIOUS, before)
+    _point(client, CHAMPION, version.version)
     return True
 
 
@@ -156,6 +156,19 @@ def _cut_short(run: RunEntity) -> dict[str, Any]:
         "model": run.data.tags.get("model", "unknown"),
         "champion_version": "",
     }
+
+
+def _point(client: mlflow.MlflowClient, alias: str, version: str) -> None:
+    """Set an alias, asked for again where another promotion has set it first in the same moment.
+
+    A store inserts an alias that it did not find: of two that insert it at once, it refuses one.
+    """
+    try:
+        client.set_registered_model_alias(NAME, alias, version)
+    except MlflowException:
+        if alias not in _aliases(client):
+            raise
+        client.set_registered_model_alias(NAME, alias, version)
 
 
 def _aliases(client: mlflow.MlflowClient) -> dict[str, str]:

@@ -11,7 +11,8 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
-from mlflow.exceptions import ExecutionException
+from mlflow.exceptions import ExecutionException, MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from scipy.stats import binomtest
 from servers import Server
 from steps import arguments, artifacts, runs
@@ -323,6 +324,34 @@ def test_who_finds_the_alias_moved_by_hand_is_refused(
     version = store.get_model_version("letters", "2")
     assert not champion.crown(store, seen, version, "a run")
     assert _alias(store, "champion") == "bad"
+
+
+def test_an_alias_that_two_set_first_at_once_is_set_by_both(
+    store: mlflow.MlflowClient, step: Promote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step(run_id=_id(store, "bad"))
+    step(run_id=_id(store, "good"))
+    store.delete_registered_model_alias("letters", "challenger")
+    point, asked = store.set_registered_model_alias, []
+
+    def refused_once(*given: str) -> None:
+        asked.append(given)
+        if len(asked) == 1:
+            point("letters", "challenger", "1")  # another promotion, in this very moment
+            raise MlflowException("UNIQUE constraint failed", error_code=BAD_REQUEST)
+        point(*given)
+
+    monkeypatch.setattr(store, "set_registered_model_alias", refused_once)
+    champion._point(store, "challenger", "2")
+    assert _alias(store, "challenger") == "good"
+
+
+def test_an_alias_that_the_store_does_not_take_is_told(
+    store: mlflow.MlflowClient, step: Promote
+) -> None:
+    step(run_id=_id(store, "bad"))
+    with pytest.raises(MlflowException, match="version"):
+        champion._point(store, "another", "99")
 
 
 RACER = """
