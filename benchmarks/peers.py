@@ -225,10 +225,11 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 def picture(means: pd.DataFrame) -> Figure:
     """Accuracy on test of each arm, with the standard deviation over seeds; a panel for each set.
 
-    ``means`` is what ``table`` gives. Where one arm was run alone there is nothing to compare.
+    ``means`` is what ``table`` gives. Sets in which one arm was run alone are left out, unless
+    all are such.
     """
-    groups = means.groupby(["model", "comparison", "budget"], sort=False)
-    panels = [(key, rows) for key, rows in groups if len(rows) > 1]
+    sets = list(means.groupby(["model", "comparison", "budget"], sort=False))
+    panels = [one for one in sets if len(one[1]) > 1] or sets
     n_columns = min(len(panels), 4)
     n_rows = -(-len(panels) // n_columns)
     figure = Figure(figsize=(4.2 * n_columns, 3.2 * n_rows), layout="constrained")

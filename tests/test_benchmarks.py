@@ -217,6 +217,9 @@ def test_a_table_has_a_row_for_each_arm_the_best_first() -> None:
     assert list(table["test_std"]) == pytest.approx([0.01, 0.01])
     (axes,) = peers.picture(table).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["random", "ours"]
+    alone = table[table["arm"] == "ours"].assign(budget=900)
+    assert len(peers.picture(pd.concat([table, alone])).axes) == 1
+    assert len(peers.picture(alone).axes) == 1
 
 
 def test_a_synthesised_archive_is_one_of_drawn_letters(
