@@ -74,7 +74,8 @@ class Tally:
         self.gone = self.waited = 0.0
 
     def __call__(self) -> float:
-        now = {pid: processes.own_and_waited(pid) for pid in processes.tree(self.pid)}
+        read = {pid: processes.own_and_waited(pid) for pid in processes.tree(self.pid)}
+        now = {pid: times for pid, times in read.items() if any(times)}  # one just gone reads as 0
         self.gone += sum(sum(times) for pid, times in self.seen.items() if pid not in now)
         self.waited += sum(now[pid][1] - self.seen.get(pid, (0.0, 0.0))[1] for pid in now)
         self.seen = now

@@ -17,6 +17,7 @@ from steps import left_until
 from benchmarks import arms, peers, scale
 from pipeline import prep
 from pipeline.models import cnn
+from sweeps import processes
 from sweeps.budget import own_cpu_seconds
 from sweeps.engine import Engine
 from sweeps.trial import Referee
@@ -88,6 +89,19 @@ def test_the_tally_has_each_process_once_whether_its_parent_waits_or_not(waits: 
     assert 2.2 < max(told) < 4.4
     # Law: what is spent stays spent.
     assert all(later > before - 0.1 for before, later in itertools.pairwise(told[:-1]))
+
+
+def test_the_tally_keeps_what_ends_between_listing_and_reading(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = {1: (0.1, 0.0), 2: (0.8, 0.0)}
+    monkeypatch.setattr(processes, "tree", lambda pid: [1, 2])
+    monkeypatch.setattr(processes, "own_and_waited", times.__getitem__)
+    tally = peers.Tally(1)
+    assert tally() == pytest.approx(0.9)
+    times[2] = (0.0, 0.0)  # what the kernel has of a process that is gone
+    assert tally() == pytest.approx(0.9)
+    assert tally() == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize("model", ["knn", "cnn"])
