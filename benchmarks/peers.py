@@ -166,6 +166,7 @@ def _watch(
 
     Gives what it found, and when; what it spent in all, as seen from here; whether it ended itself.
     """
+    bystanders = set(processes.children(os.getpid())) - {child.pid}
     tally = Tally(child.pid)
     found: list[dict[str, Any]] = []
     limit = budget * (OVERTIME if arm in arms.OURS else 1.0)
@@ -183,13 +184,16 @@ def _watch(
         if ended or spent - uncounted > limit:
             processes.kill_tree(child.pid)
             child.wait()
-            _reap()
+            _reap(bystanders)
             return found, spent, ended
 
 
-def _reap() -> None:
-    """Kill and wait for what a killed arm has left: daemons come to us, who adopt orphans."""
-    while left := processes.children(os.getpid()):
+def _reap(bystanders: set[int]) -> None:
+    """Kill and wait for what a killed arm has left: daemons come to us, who adopt orphans.
+
+    ``bystanders`` are children of ours that were there before the arm.
+    """
+    while left := set(processes.children(os.getpid())) - bystanders:
         for pid in left:
             processes.kill_tree(pid)
             os.waitpid(pid, 0)

@@ -66,6 +66,17 @@ def test_the_watchdog_stops_at_the_budget_and_counts_what_is_the_arms(tmp_path: 
         assert 0.4 * number - 0.1 <= one["cpu"] <= 0.4 * number + 1.0
 
 
+def test_the_watchdog_kills_the_arm_alone(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as bystander:
+        arm = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        _, _, ended = peers._watch(arm, tmp_path / "found.jsonl", 0.5, "random")
+        assert not ended
+        assert arm.poll() is not None
+        assert bystander.poll() is None
+        bystander.communicate(b"\n")
+    assert bystander.returncode == 0
+
+
 # A daemon that starts one worker after the other; what these spend is the kernel's only where it
 # waits for them.
 DAEMON = """

@@ -26,9 +26,9 @@ def test_postgres_lets_nobody_in_without_the_password(postgres: services.Postgre
 
 
 def test_no_password_is_on_a_command_line(postgres: services.Postgres) -> None:
-    command = Path(f"/proc/{postgres.process.pid}/cmdline")  # type: ignore[union-attr]
-    if not command.exists():
+    if not Path("/proc/self").exists():
         pytest.skip("the system has no /proc")
+    command = Path(f"/proc/{postgres.process.pid}/cmdline")  # type: ignore[union-attr]
     assert postgres.password not in command.read_text()
     assert postgres.password not in postgres.log.read_text()
 
