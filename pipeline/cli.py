@@ -75,7 +75,7 @@ def run_ids(name: str, value: str) -> list[str]:
 
 def positive(name: str, value: str) -> float:
     """A number above 0."""
-    number = _number(name, value)
+    number = _number(value)
     if not (math.isfinite(number) and number > 0):
         raise UserError(f"{name} must be a number above 0, but {value!r} came: pass -P {name}=10")
     return number
@@ -129,7 +129,7 @@ def limit(name: str, value: str) -> float:
 
 def share(name: str, value: str) -> float:
     """A number from 0 to 1."""
-    number = _number(name, value)
+    number = _number(value)
     if not 0 <= number <= 1:
         raise UserError(
             f"{name} must be a number from 0 to 1, but {value!r} came: pass -P {name}=0.01"
@@ -151,13 +151,12 @@ def hyperparameters(model: str, space: Mapping[str, Param], given: Mapping[str, 
     }
 
 
-def _number(name: str, value: str) -> float:
+def _number(value: str) -> float:
+    """``value``, or not-a-number, which lies in no range: the caller then states its own rule."""
     try:
         return float(value)
     except ValueError:
-        raise UserError(
-            f"{name} must be a number, but {value!r} came: pass for example -P {name}=10"
-        ) from None
+        return math.nan
 
 
 def _within(name: str, param: Param, value: str) -> Any:
@@ -170,7 +169,7 @@ def _within(name: str, param: Param, value: str) -> Any:
         rule = f"one of {', '.join(map(str, space.choices))}"
     else:
         assert isinstance(space, IntDistribution | FloatDistribution)
-        number = _number(name, value)
+        number = _number(value)
         whole = isinstance(space, IntDistribution)
         if space.low <= number <= space.high and (not whole or number == int(number)):
             return int(number) if whole else number

@@ -97,7 +97,7 @@ def test_undeclared_names_are_hyperparameters_and_typed_by_their_distributions()
         ({"k": "0"}, "k must be a whole number from 1 to 25, but '0' came"),
         ({"k": "2.5"}, "k must be a whole number from 1 to 25, but '2.5' came"),
         ({"k": "nan"}, "k must be a whole number from 1 to 25, but 'nan' came"),
-        ({"k": "few"}, "k must be a number, but 'few' came"),
+        ({"k": "few"}, "k must be a whole number from 1 to 25, but 'few' came"),
         ({"rate": "1"}, "rate must be a number from 0.0001 to 0.1, but '1' came"),
         ({"weights": "none"}, "weights must be one of uniform, distance, but 'none' came"),
         ({"depth": "3"}, "the hyperparameters of knn are k, rate, weights, deskew, but 'depth'"),

@@ -434,7 +434,7 @@ def test_a_server_that_goes_away_loses_nothing(
 @pytest.mark.parametrize(
     ("wrong", "rule"),
     [
-        ({"cpu_minutes": "abc"}, "cpu_minutes must be a number, but 'abc' came"),
+        ({"cpu_minutes": "abc"}, "cpu_minutes must be a number above 0, but 'abc' came"),
         ({"cpu_minutes": "0"}, "cpu_minutes must be a number above 0, but '0' came"),
         ({"cpu_minutes": "-3"}, "cpu_minutes must be a number above 0, but '-3' came"),
         ({"workers": "0"}, "workers must be 'auto' or a whole number above 0, but '0' came"),
