@@ -54,7 +54,8 @@ def children(pid: int) -> list[int]:
     found: list[int] = []
     with suppress(*_GONE):
         for task in Path(f"/proc/{pid}/task").iterdir():
-            found += map(int, (task / "children").read_text().split())
+            with suppress(*_GONE):  # a thread that has just ended hides no other's children
+                found += map(int, (task / "children").read_text().split())
     return found
 
 

@@ -106,5 +106,8 @@ def wait(condition: Callable[[], bool], seconds: float) -> bool:
 
 def alive(pid: int) -> bool:
     """Whether a process runs; one that has ended and is not waited for does not."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # the latter where it ends while it is read
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import mlflow
@@ -182,7 +183,10 @@ def _start_sweep(user: User, seed: int) -> tuple[subprocess.Popen[str], int]:
 
 
 def _command(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    """The words of a process's command line; none where it has ended meanwhile."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return []
 
 
 def test_a_step_that_is_terminated_leaves_no_run_running(user: User) -> None:
