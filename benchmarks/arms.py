@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from pipeline import models, registry
 from pipeline.bill import METER
@@ -30,7 +30,7 @@ PLAIN = {
 }
 Report = Callable[[int, float], bool]
 # The project's sweep, and what it is without one of its parts.
-OURS = ("ours", "without_priors", "without_screen", "without_bfloat16", "without_phases")
+OURS = ("ours", "without_screen", "without_bfloat16", "without_phases")
 
 
 class Objective:
@@ -51,6 +51,7 @@ class Objective:
             self.fixed["dtype_policy"] = policy
         self.space = {name: space[name].distribution for name in searched}
         self.has_epochs = "epochs" in space
+        self.uncounted = 0.0  # CPU-seconds so far that are not the tuner's
         self.predict: Callable[[Any], Any] = lambda images: None
         if self.has_epochs:
             self._remember()
@@ -68,20 +69,31 @@ class Objective:
         _keras._predict = remembering
 
     def __call__(
-        self, params: Params, epochs: int = EPOCHS, report: Report = lambda step, value: False
+        self,
+        params: Params,
+        epochs: int = EPOCHS,
+        report: Report = lambda step, value: False,
+        paid: int = 0,
     ) -> float:
-        """The last accuracy on val; ``report`` may stop the fit after any step."""
+        """The last accuracy on val; ``report`` may stop the fit after any step.
+
+        The first ``paid`` epochs are those of an earlier fit of the same: they are done once more,
+        but not counted, as if this one went on from a checkpoint.
+        """
         params = self.fixed | dict(params)
         if self.has_epochs:
             params["epochs"] = epochs
         values: list[float] = []
-        uncounted = 0.0
+        uncounted = self.uncounted
 
         def note(step: int, value: float) -> bool:
-            nonlocal uncounted
             values.append(value)
-            # Each step counts, as if all tuners kept what a fit has learned so far.
-            uncounted += self._note(value) if self.has_epochs else 0.0
+            if step <= paid:
+                again = METER.seconds()["fit"] - before - (self.uncounted - uncounted)
+                self._write(uncounted=again)
+            elif self.has_epochs:
+                # Each step counts, as if all tuners kept what a fit has learned so far.
+                self._note(value)
             return report(step, value)
 
         before = METER.seconds().get("fit", 0.0)
@@ -91,11 +103,13 @@ class Objective:
         if not self.has_epochs:
             self.predict = fitted.predict
             self._note(values[-1])
-        self._write(fit=METER.seconds()["fit"] - before - uncounted, val=values[-1], params=params)
+            uncounted = self.uncounted  # this look was no part of the fit
+        fit = METER.seconds()["fit"] - before - (self.uncounted - uncounted)
+        self._write(fit=fit, val=values[-1], params=params)
         return values[-1]
 
-    def _note(self, value: float) -> float:
-        """Write down a new best, with its accuracy on test; CPU-seconds that this has taken.
+    def _note(self, value: float) -> None:
+        """Write down a new best, with its accuracy on test.
 
         The look at test is the benchmark's: the watchdog does not count it.
         """
@@ -106,16 +120,18 @@ class Objective:
             test = self.data.part("test")
             test_accuracy = accuracy(self.predict(test.images), test)
             self._write(val=value, test=test_accuracy, uncounted=time.process_time() - began)
-        return time.process_time() - began
 
     def _write(self, **line: Any) -> None:
+        self.uncounted += line.get("uncounted", 0.0)
         _write(self.folder, **line)
 
 
 def _write(folder: Path, **line: Any) -> None:
     """A line for the watchdog, who dates it."""
     with (folder / "found.jsonl").open("a") as file:
-        file.write(json.dumps({"fit": 0.0, "test": None, "uncounted": 0.0} | line) + "\n")
+        file.write(
+            json.dumps({"fit": 0.0, "val": 0.0, "test": None, "uncounted": 0.0} | line) + "\n"
+        )
 
 
 def accuracy(probabilities: Any, part: Part) -> float:
@@ -145,7 +161,7 @@ def random(objective: Objective, seed: int) -> None:
 def random_top(objective: Objective, seed: int, budget: float) -> None:
     """Random ones for a step each, for half of the budget; then the best of them in full."""
     rng, screened = np.random.default_rng(seed), []
-    while time.process_time() < budget / 2:
+    while time.process_time() - objective.uncounted < budget / 2:
         params = drawn(objective.space, rng)
         screened.append((objective(params, 1, lambda step, value: True), len(screened), params))
     for _, _, params in sorted(screened, key=lambda one: -one[0]):
@@ -176,14 +192,20 @@ def optuna_median(objective: Objective, seed: int) -> None:
 
 
 def keras_hyperband(objective: Objective, seed: int) -> None:
-    """KerasTuner's Hyperband; a round of more epochs is a whole schedule of its own."""
+    """KerasTuner's Hyperband.
+
+    A round of more epochs goes on from the one before, as with KerasTuner's checkpoints, where the
+    learning rate is constant; where it has a schedule, a longer fit is another one.
+    """
     import keras_tuner
 
     class Tuner(keras_tuner.Hyperband):  # type: ignore[misc]
         def run_trial(self, trial: Any, *given: Any, **named: Any) -> float:
             chosen = trial.hyperparameters
             params = {name: chosen.get(name) for name in objective.space}
-            return objective(params, max(1, int(chosen.values.get("tuner/epochs", EPOCHS))))
+            epochs = max(1, int(chosen.values.get("tuner/epochs", EPOCHS)))
+            paid = 0 if "schedule" in objective.space else chosen.values["tuner/initial_epoch"]
+            return objective(params, epochs, paid=paid)
 
         def load_model(self, trial: Any) -> None:
             return None
@@ -251,48 +273,43 @@ def ray_asha(objective: Objective, seed: int) -> None:
 
 def flaml_blend(objective: Objective, seed: int) -> None:
     """FLAML's BlendSearch from a cheap start, each evaluation a whole fit."""
-    from flaml import tune
+    from flaml import BlendSearch, tune
 
     config: dict[str, Any] = {}
     for name, space in objective.space.items():
         if isinstance(space, CategoricalDistribution):
             config[name] = tune.choice(list(space.choices))
         elif isinstance(space, IntDistribution):
-            config[name] = tune.randint(space.low, space.high + 1)
+            # Which of its values: FLAML's own steps begin at 0.
+            config[name] = tune.randint(0, (space.high - space.low) // space.step + 1)
         else:
             draw = tune.loguniform if space.log else tune.uniform
             config[name] = draw(space.low, space.high)
     cheap = {
-        name: space.low
+        name: 0
         for name, space in objective.space.items()
         if isinstance(space, IntDistribution) and name in ("filters", "units", "dense_units")
     }
 
     def evaluate(config: Params) -> dict[str, float]:
-        params = {name: _stepped(objective.space[name], value) for name, value in config.items()}
+        params = {
+            name: space.low + config[name] * space.step
+            if isinstance(space, IntDistribution)
+            else config[name]
+            for name, space in objective.space.items()
+        }
         return {"value": objective(params)}
 
-    np.random.seed(seed)
-    tune.run(
-        evaluate,
-        config=config,
-        low_cost_partial_config=cheap,
+    budget = {"num_samples": -1, "time_budget_s": 10**6}
+    searcher = BlendSearch(
         metric="value",
         mode="max",
-        num_samples=-1,
-        time_budget_s=10**6,
-        use_ray=False,
-        verbose=0,
+        space=config,
+        low_cost_partial_config=cheap,
+        seed=20 + seed,  # 20 is its default
+        **budget,
     )
-
-
-def _stepped(space: Any, value: Any) -> Any:
-    """FLAML knows no steps: the nearest value below that the space has."""
-    if isinstance(space, IntDistribution):
-        return int(space.low + (value - space.low) // space.step * space.step)
-    if isinstance(space, FloatDistribution) and space.step:
-        return space.low + (value - space.low) // space.step * space.step
-    return value
+    tune.run(evaluate, search_alg=searcher, use_ray=False, verbose=0, **budget)
 
 
 def ours(part: str, model: str, root: Path, seed: int, budget: float, whole: bool) -> None:
@@ -315,9 +332,7 @@ def ours(part: str, model: str, root: Path, seed: int, budget: float, whole: boo
     member: Any = registry.load(models, model)
     if not whole:
         member.PRIORS, member.FIXED, member.LATE = [], {}, ()
-    if part == "without_priors":
-        member.PRIORS = []
-    elif part == "without_screen":  # the first prior, at once
+    if part == "without_screen":  # the first prior, at once
         screened = search.screened
         search.screened = lambda member, place: screened(member, place + 1)
         phases.SCREEN_SHARE = 1e-9

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,6 +62,14 @@ class Job(NamedTuple):
         ]
 
 
+class Seen(NamedTuple):
+    """A process, as it was when it was looked at last, with CPU-seconds."""
+
+    parent: int
+    own: float
+    waited: float  # of the children that it has waited for
+
+
 class Tally:
     """CPU-seconds of a process and all that descend from it.
 
@@ -70,16 +79,32 @@ class Tally:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self.seen: dict[int, tuple[float, float]] = {}
-        self.gone = self.waited = 0.0
+        self.seen: dict[int, Seen] = {}
+        # Of each process: what those of its children had that are gone, and what it has waited for.
+        self.gone: defaultdict[int, float] = defaultdict(float)
+        self.waited: defaultdict[int, float] = defaultdict(float)
 
     def __call__(self) -> float:
-        read = {pid: processes.own_and_waited(pid) for pid in processes.tree(self.pid)}
-        now = {pid: times for pid, times in read.items() if any(times)}  # one just gone reads as 0
-        self.gone += sum(sum(times) for pid, times in self.seen.items() if pid not in now)
-        self.waited += sum(now[pid][1] - self.seen.get(pid, (0.0, 0.0))[1] for pid in now)
+        now: dict[int, Seen] = {}
+        for pid in processes.tree(self.pid):
+            times = processes.own_and_waited(pid)
+            if parent := processes.parent(pid):  # none where it has just gone, and its times too
+                now[pid] = Seen(parent, *times)
+        for pid, one in now.items():
+            before = self.seen[pid].waited if pid in self.seen else 0.0
+            self.waited[pid] += one.waited - before
+        for pid, one in reversed(self.seen.items()):  # children before their parents
+            if pid not in now:
+                self.gone[one.parent] += one.own + one.waited + self._lost(pid)
+                self.gone.pop(pid, None)
+                self.waited.pop(pid, None)
         self.seen = now
-        return sum(map(sum, now.values())) + max(0.0, self.gone - self.waited)
+        counted = sum(one.own + one.waited for one in now.values())
+        return counted + sum(map(self._lost, list(self.gone)))
+
+    def _lost(self, pid: int) -> float:
+        """CPU-seconds of a process's children that are gone, and for which it has not waited."""
+        return max(0.0, self.gone[pid] - self.waited[pid])
 
 
 def planned(args: argparse.Namespace) -> Iterator[Job]:
