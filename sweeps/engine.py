@@ -234,6 +234,7 @@ class Engine:
         trial, grant = proposal.trial, proposal.grant
         number = trial.number
         self.ledger.grant(number, grant)
+        self._beat({number: 0.0})  # should this driver die while the run is made, nothing is spent
         child = self._create(number)
         self.live[number] = _Live(child, Referee(trial, grant, self.logging()), grant)
         again = trial.user_attrs.get(RETRY_OF)
@@ -281,11 +282,14 @@ class Engine:
             if self.task.launched and processes.launchers() != self.launchers:
                 self.interrupted = True  # mlflow run is gone: nobody waits for this any longer
 
-    def _beat(self) -> None:
-        """Note in the ledger what is spent so far: what a crash now would leave known."""
+    def _beat(self, granted: Mapping[int, float] | None = None) -> None:
+        """Note in the ledger what is spent so far: what a crash now would leave known.
+
+        ``granted`` has trials that are about to start.
+        """
         assert self.nursery is not None
         self.beaten = time.monotonic()
-        self.ledger.beat(self.own(), dict(self.nursery.live))
+        self.ledger.beat(self.own(), {**self.nursery.live, **(granted or {})})
 
     def _end(self, event: Message) -> None:
         """Book a trial's bill, tell Optuna, close its child run."""

@@ -20,7 +20,7 @@ from steps import SWEEP, alive, arguments, runs, toy, wait
 from benchmarks import services
 from pipeline import models
 from sweeps import processes, storage
-from sweeps.budget import Ledger
+from sweeps.budget import GRANT_SHARE, UNSEEN_CPU_SECONDS, Ledger
 from sweeps.trial import STATUS
 
 # A step is long enough to be killed in, and costs little.
@@ -192,6 +192,12 @@ def test_a_driver_that_dies_between_two_notes_is_continued(typist: Typist) -> No
     assert driver.returncode == 0, out.decode()
     assert b"continuing the sweep that was interrupted" in out
     _check_the_end(typist)
+    # Law: a driver that dies loses no more of a grant than its trial may have spent since the last
+    # note; but for the one that dies with a grant on disk and no note yet, which counts in full.
+    (study,) = (typist.folder / "studies").iterdir()
+    ledger = typist.ledger(study.name)
+    n_grants = len(typist.records("grant"))
+    assert ledger.past["lost"] <= GRANT_SHARE * CPU_SECONDS + UNSEEN_CPU_SECONDS * n_grants
 
 
 def test_a_power_cut_tears_the_last_lines_only(typist: Typist) -> None:
