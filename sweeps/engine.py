@@ -87,7 +87,8 @@ class Engine:
         self.nursery: Nursery | Cluster | None = None
         self.imported = 0.0  # CPU-seconds that the nurseries before this one took to load
         self.lost = 0.0  # CPU-seconds of trials whose nursery died before it could bill them
-        self.buried: set[int] = set()  # trials that died with their nursery
+        # Trials that died with their nursery; of those before this driver, all that were killed.
+        self.buried = {one.number for one in self.outcomes if one.failure == "killed"}
         self.beaten = 0.0
         self.interrupted = False
         self.launchers = processes.launchers()

@@ -249,6 +249,20 @@ def test_a_killed_nursery_or_trial_costs_its_trials_only(victim: str, typist: Ty
     _check_the_end(typist)
 
 
+def test_a_sweep_that_was_interrupted_in_its_first_trials_is_continued(typist: Typist) -> None:
+    typist.command += ["--workers", "3"]
+    driver = typist.type()
+    typist.wait_for_trials(driver, 3)
+    driver.send_signal(signal.SIGINT)
+    driver.communicate(timeout=30)
+    # That all of the first three were killed with their driver is no cause to stop.
+    killed = [one for one in runs(typist.store, "trial") if one.data.tags["state"] == "killed"]
+    assert len(killed) == 3
+    out, _ = typist.type().communicate(timeout=120)
+    assert b"continuing the sweep that was interrupted" in out
+    _check_the_end(typist)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_sweep_is_killed_and_continued(stop: signal.Signals, typist: Typist) -> None:
     driver = typist.type()
