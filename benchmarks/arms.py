@@ -100,11 +100,10 @@ class Objective:
         with METER.charge("fit"):
             train, val = self.data.part("train"), self.data.part("val")
             fitted = self.member.fit(params, train, val, self.seed, note)
+        fit = METER.seconds()["fit"] - before - (self.uncounted - uncounted)
         if not self.has_epochs:
             self.predict = fitted.predict
             self._note(values[-1])
-            uncounted = self.uncounted  # this look was no part of the fit
-        fit = METER.seconds()["fit"] - before - (self.uncounted - uncounted)
         self._write(fit=fit, val=values[-1], params=params)
         return values[-1]
 
@@ -204,7 +203,8 @@ def keras_hyperband(objective: Objective, seed: int) -> None:
             chosen = trial.hyperparameters
             params = {name: chosen.get(name) for name in objective.space}
             epochs = max(1, int(chosen.values.get("tuner/epochs", EPOCHS)))
-            paid = 0 if "schedule" in objective.space else chosen.values["tuner/initial_epoch"]
+            again = "schedule" in objective.space
+            paid = 0 if again else int(chosen.values.get("tuner/initial_epoch", 0))
             return objective(params, epochs, paid=paid)
 
         def load_model(self, trial: Any) -> None:
@@ -279,9 +279,8 @@ def flaml_blend(objective: Objective, seed: int) -> None:
     for name, space in objective.space.items():
         if isinstance(space, CategoricalDistribution):
             config[name] = tune.choice(list(space.choices))
-        elif isinstance(space, IntDistribution):
-            # Which of its values: FLAML's own steps begin at 0.
-            config[name] = tune.randint(0, (space.high - space.low) // space.step + 1)
+        elif space.step:
+            config[name] = tune.randint(0, _place(space, space.high) + 1)
         else:
             draw = tune.loguniform if space.log else tune.uniform
             config[name] = draw(space.low, space.high)
@@ -292,12 +291,7 @@ def flaml_blend(objective: Objective, seed: int) -> None:
     }
 
     def evaluate(config: Params) -> dict[str, float]:
-        params = {
-            name: space.low + config[name] * space.step
-            if isinstance(space, IntDistribution)
-            else config[name]
-            for name, space in objective.space.items()
-        }
+        params = {name: _value(objective.space[name], place) for name, place in config.items()}
         return {"value": objective(params)}
 
     budget = {"num_samples": -1, "time_budget_s": 10**6}
@@ -310,6 +304,16 @@ def flaml_blend(objective: Objective, seed: int) -> None:
         **budget,
     )
     tune.run(evaluate, search_alg=searcher, use_ray=False, verbose=0, **budget)
+
+
+def _place(space: Any, value: Any) -> Any:
+    """Where the values of a space have steps, which of them this is: FLAML's steps begin at 0."""
+    return round((value - space.low) / space.step) if getattr(space, "step", None) else value
+
+
+def _value(space: Any, place: Any) -> Any:
+    """The value at a place, as ``_place`` has it."""
+    return space.low + place * space.step if getattr(space, "step", None) else place
 
 
 def ours(part: str, model: str, root: Path, seed: int, budget: float, whole: bool) -> None:

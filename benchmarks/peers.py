@@ -100,7 +100,7 @@ class Tally:
                 self.waited.pop(pid, None)
         self.seen = now
         counted = sum(one.own + one.waited for one in now.values())
-        return counted + sum(map(self._lost, list(self.gone)))
+        return counted + sum(map(self._lost, self.gone))
 
     def _lost(self, pid: int) -> float:
         """CPU-seconds of a process's children that are gone, and for which it has not waited."""

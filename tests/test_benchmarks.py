@@ -16,7 +16,7 @@ from steps import left_until
 
 from benchmarks import arms, peers, scale
 from pipeline import prep
-from pipeline.models import cnn
+from pipeline.models import cnn, knn
 from sweeps import processes
 from sweeps.budget import own_cpu_seconds
 from sweeps.engine import Engine
@@ -281,6 +281,18 @@ def test_what_is_drawn_lies_in_the_space(seed: int) -> None:
     assert set(params) == set(space)
     for name, value in params.items():
         assert space[name]._contains(space[name].to_internal_repr(value))
+        assert arms._value(space[name], arms._place(space[name], value)) == value
+
+
+def test_each_place_of_a_space_with_steps_is_another_value_of_it() -> None:
+    for member in (cnn, knn):
+        for space in (param.distribution for param in member.PARAMS.values()):
+            if getattr(space, "step", None):
+                places = range(arms._place(space, space.high) + 1)
+                values = [arms._value(space, place) for place in places]
+                assert all(map(space._contains, values))
+                assert len(set(values)) == len(values) == 1 + (values[-1] - space.low) / space.step
+                assert (values[0], values[-1]) == (space.low, space.high)
 
 
 def test_a_table_has_a_row_for_each_arm_the_best_first() -> None:
