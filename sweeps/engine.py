@@ -87,8 +87,6 @@ class Engine:
         self.nursery: Nursery | Cluster | None = None
         self.imported = 0.0  # CPU-seconds that the nurseries before this one took to load
         self.lost = 0.0  # CPU-seconds of trials whose nursery died before it could bill them
-        # Trials that died with their nursery; of those before this driver, all that were killed.
-        self.buried = {one.number for one in self.outcomes if one.failure == "killed"}
         self.beaten = 0.0
         self.interrupted = False
         self.launchers = processes.launchers()
@@ -175,7 +173,7 @@ class Engine:
     def _one_cause(self) -> bool:
         """Whether the first trials have all failed, or died otherwise than with their nursery."""
         first = self.outcomes[:MAX_FAILURES]
-        failed = [one for one in first if one.failure and one.number not in self.buried]
+        failed = [one for one in first if one.failure and not one.lost]
         return len(failed) == MAX_FAILURES
 
     def _fill(self) -> None:
@@ -235,7 +233,8 @@ class Engine:
         trial, grant = proposal.trial, proposal.grant
         number = trial.number
         self.ledger.grant(number, grant)
-        self._beat({number: 0.0})  # should this driver die while the run is made, nothing is spent
+        # Should this driver die while the run is made, the trial has spent nothing.
+        self.ledger.beat(self.own(), {number: 0.0})
         child = self._create(number)
         self.live[number] = _Live(child, Referee(trial, grant, self.logging()), grant)
         again = trial.user_attrs.get(RETRY_OF)
@@ -283,14 +282,11 @@ class Engine:
             if self.task.launched and processes.launchers() != self.launchers:
                 self.interrupted = True  # mlflow run is gone: nobody waits for this any longer
 
-    def _beat(self, granted: Mapping[int, float] | None = None) -> None:
-        """Note in the ledger what is spent so far: what a crash now would leave known.
-
-        ``granted`` has trials that are about to start.
-        """
+    def _beat(self) -> None:
+        """Note in the ledger what is spent so far: what a crash now would leave known."""
         assert self.nursery is not None
         self.beaten = time.monotonic()
-        self.ledger.beat(self.own(), {**self.nursery.live, **(granted or {})})
+        self.ledger.beat(self.own(), dict(self.nursery.live))
 
     def _end(self, event: Message) -> None:
         """Book a trial's bill, tell Optuna, close its child run."""
@@ -310,10 +306,8 @@ class Engine:
         progress = {"val_accuracy": best(self.outcomes)} | metrics(outcome.spent)
         self.run.metrics(progress, len(self.outcomes) - 1)
         self.show(outcome)
-        if "lost" in event:
-            self.buried.add(number)
-            if self.phases and not self.interrupted:
-                self.phases.retry(number, grant)
+        if outcome.lost and self.phases and not self.interrupted:
+            self.phases.retry(number, grant)
         if outcome.failure == REFUSED:
             raise UserError(str(outcome.error))
 

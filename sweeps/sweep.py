@@ -121,7 +121,7 @@ def varied(params: pd.DataFrame) -> pd.DataFrame:
 
 def table(outcomes: Sequence[Outcome], study: optuna.Study) -> pd.DataFrame:
     """A row for each trial, with its phase, its bill and the sweep's."""
-    left_out = ["bill", "spent", "found"]
+    left_out = ["bill", "spent", "found", "lost"]
     rows = pd.DataFrame([outcome._asdict() for outcome in outcomes]).drop(columns=left_out)
     trials = study.get_trials(deepcopy=False)
     rows["phase"] = [trials[number].user_attrs.get("phase", "") for number in rows["number"]]

@@ -46,6 +46,7 @@ class Outcome(NamedTuple):
         model_uri: of the logged model; None where the trial did not get so far.
         failure: out_of_memory, nan_loss, refused, killed or error, where it failed or was killed.
         found: hyperparameters that were left to the fit.
+        lost: whether it was killed with what had forked it, or had it forked: no fault of its own.
     """
 
     number: int
@@ -60,6 +61,7 @@ class Outcome(NamedTuple):
     failure: str | None
     error: str | None
     found: Mapping[str, Any]
+    lost: bool = False
 
     @property
     def cpu_seconds(self) -> float:
@@ -193,4 +195,5 @@ class Referee:
             failure=failure,
             error=error,
             found=end.get("found", {}),
+            lost="lost" in event,
         )

@@ -249,8 +249,12 @@ def test_a_killed_nursery_or_trial_costs_its_trials_only(victim: str, typist: Ty
     _check_the_end(typist)
 
 
-def test_a_sweep_that_was_interrupted_in_its_first_trials_is_continued(typist: Typist) -> None:
+def test_a_sweep_that_was_interrupted_in_its_first_trials_is_continued(
+    typist: Typist, add_member: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_member(models, "toy", toy(before='time.sleep(float(os.environ["STEP_TAKES"]))'))
     typist.command += ["--workers", "3"]
+    monkeypatch.setenv("STEP_TAKES", "60")  # none ends before the interrupt
     driver = typist.type()
     typist.wait_for_trials(driver, 3)
     driver.send_signal(signal.SIGINT)
@@ -258,6 +262,7 @@ def test_a_sweep_that_was_interrupted_in_its_first_trials_is_continued(typist: T
     # That all of the first three were killed with their driver is no cause to stop.
     killed = [one for one in runs(typist.store, "trial") if one.data.tags["state"] == "killed"]
     assert len(killed) == 3
+    monkeypatch.setenv("STEP_TAKES", "0")
     out, _ = typist.type().communicate(timeout=120)
     assert b"continuing the sweep that was interrupted" in out
     _check_the_end(typist)
