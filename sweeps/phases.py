@@ -164,11 +164,13 @@ class Phases:
             return self._race(screened, grant) if n_left > 0 else None
         if any(trial.state == TrialState.RUNNING for trial in racing):
             return None
-        winner, n_seeds = self.winner(), len(confirming)
+        # A seed that fails by itself would again.
+        winner, n_seeds = self.winner(), len(confirming) + len(self._hopeless("confirm"))
         wanted = plan.n_confirming and n_seeds < MAX_CONFIRMING
         if winner and wanted and left >= MARGIN * winner.cpu_seconds:
             params = self._params(winner.number)
-            return self._propose(params, "confirm", self.seed + 1 + n_seeds, grant)
+            seed = (self.seed + 1 + n_seeds) % 2**32
+            return self._propose(params, "confirm", seed, grant)
         # What racers have left that were stopped pays for one more.
         if n_seeds == 0 and left >= SPARE * plan.cpu_seconds:
             return self._race(screened, left)
@@ -205,7 +207,8 @@ class Phases:
         promising = self._promising(screened, grant)
         if not promising:
             return None
-        raced = [one.user_attrs.get(SCREENED) for one in (*self._begun("race"), *self._hopeless())]
+        hopeless = self._hopeless("race")
+        raced = [one.user_attrs.get(SCREENED) for one in (*self._begun("race"), *hopeless)]
         one = min(promising, key=lambda one: raced.count(one.number))
         whole = search.whole(self.member) | {self.steps: self._n_steps(one, grant)}
         fixed = self._params(one.number) | whole
@@ -241,8 +244,8 @@ class Phases:
             and (phase in ("screen", "search") or trial.state != TrialState.FAIL)
         ]
 
-    def _hopeless(self) -> list[Trial]:
-        """Racing trials of this budget that failed by themselves: to try them again would too.
+    def _hopeless(self, phase: str) -> list[Trial]:
+        """This budget's trials of a phase that failed by themselves: to try them again would too.
 
         So does one whose worker has died twice.
         """
@@ -251,7 +254,7 @@ class Phases:
             trial
             for trial in self.study.get_trials(deepcopy=False)
             if (failures.get(trial.number, "killed") != "killed" or _lost_twice(trial))
-            and trial.user_attrs.get("phase") == "race"
+            and trial.user_attrs.get("phase") == phase
             and trial.user_attrs.get("round") == self.total
         ]
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import mlflow
 import optuna
 import pandas as pd
+from mlflow.entities import LifecycleStage
 from mlflow.entities import Run as RunEntity
 from tqdm import tqdm
 
@@ -193,7 +194,9 @@ def interrupted(client: mlflow.MlflowClient, studies: Path, key: str) -> Place |
             continue
         if opening and opening.key == key and not opening.ended:
             with suppress(mlflow.MlflowException):  # it belongs to another tracking store
-                return Place(path.parent, client.get_run(opening.run_id))
+                run = client.get_run(opening.run_id)
+                if run.info.lifecycle_stage == LifecycleStage.ACTIVE:  # else a user deleted it
+                    return Place(path.parent, run)
     return None
 
 
@@ -275,9 +278,10 @@ def main(argv: Sequence[str]) -> None:
         else:
             ledger = stack.enter_context(closing(opened(folder, run.id)))
             run.name(f"{model} sweep")
-            run.tags({"model": model, "study": folder.name})
             run.tags({"continues": before.run.info.run_id} if before else {})
-            run.use_dataset(data, "train")
+        # Of one that goes on too: its driver may have died before it wrote them.
+        run.tags({"model": model, "study": folder.name})
+        run.use_dataset(data, "train")
         sweep(run, ledger, folder, task)
 
 

@@ -285,6 +285,39 @@ def test_an_interrupted_sweep_is_killed_and_continued(stop: signal.Signals, typi
     _check_the_end(typist)
 
 
+def test_a_sweep_that_died_before_its_first_tags_has_them_when_it_goes_on(typist: Typist) -> None:
+    driver = typist.type(n_trials=1000)
+    typist.wait_for_trials(driver, 1)
+    driver.kill()
+    driver.communicate(timeout=30)
+    (run,) = runs(typist.store, "sweep")
+    named = ("model", "study", "dataset_digest")
+    for name in named:
+        typist.store.delete_tag(run.info.run_id, name)
+    out, _ = typist.type(n_trials=3).communicate(timeout=120)
+    assert b"continuing the sweep that was interrupted" in out
+    (again,) = runs(typist.store, "sweep")
+    assert {name: again.data.tags[name] for name in named} == {
+        name: run.data.tags[name] for name in named
+    }
+    assert len(again.inputs.dataset_inputs) == 1
+
+
+def test_an_interrupted_sweep_whose_run_is_deleted_is_not_continued(typist: Typist) -> None:
+    driver = typist.type(n_trials=1000)
+    typist.wait_for_trials(driver, 1)
+    driver.kill()
+    driver.communicate(timeout=30)
+    (deleted,) = runs(typist.store, "sweep")
+    typist.store.delete_run(deleted.info.run_id)
+    driver = typist.type(n_trials=3)
+    out, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, out.decode()
+    assert b"continuing" not in out
+    (run,) = runs(typist.store, "sweep")
+    assert run.data.tags["study"] != deleted.data.tags["study"]
+
+
 def test_two_sweeps_at_once_on_a_fresh_store_are_two(
     typist: Typist, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

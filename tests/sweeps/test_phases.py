@@ -173,6 +173,15 @@ def test_the_winner_is_trained_again_under_other_seeds(tmp_path: Path) -> None:
     assert winner.val_accuracy == max(values)
 
 
+def test_a_seed_that_fails_is_not_tried_again(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, 3600, seed=2**32 - 2)
+    driver.run(lambda one: {"state": "failed"} if one.phase == "confirm" else {})
+    # Law: each seed once, all of them seeds that a fit can have.
+    assert [proposal.seed for proposal in driver.of("confirm")] == [2**32 - 1, 0]
+    winner = driver.phases.winner()
+    assert driver.phases.confirmed() == [winner]
+
+
 @pytest.mark.parametrize(
     ("n_train", "screen", "letters", "cost"),
     [
