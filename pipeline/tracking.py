@@ -50,6 +50,7 @@ from pipeline import owner, quiet, served_letters, views
 from pipeline.bill import charge
 from pipeline.spec import LETTERS, SIDE, Dataset, Fitted, Images, UserError
 
+STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")  # what MLflow writes to
 BUSY = (429, 500, 502, 503, 504)  # what a server answers that may do better soon
 PATIENCE = 5  # times that it is asked again, after 0, 2, 4, 8 and 16 seconds
 ATTEMPTS = 5  # to log a model with a server that breaks down
@@ -382,7 +383,7 @@ def create(
 def connect() -> mlflow.MlflowClient:
     """A client of the tracking store; one sentence where a server does not answer or let us in."""
     uri = mlflow.get_tracking_uri()
-    _refuse_a_password(uri)
+    _check(uri)
     if uri.startswith("http"):
         _wait_for(uri)
         client = mlflow.MlflowClient()
@@ -396,9 +397,17 @@ def connect() -> mlflow.MlflowClient:
     return client
 
 
-def _refuse_a_password(uri: str) -> None:
-    """A URI is shown in messages and by MLflow itself: a password in it would be too."""
-    place = urlsplit(uri)
+def _check(uri: str) -> None:
+    """One sentence for what is neither a server nor a database, where MLflow has a traceback.
+
+    A URI is shown in messages and by MLflow itself: a password in it would be too.
+    """
+    rule = f"MLFLOW_TRACKING_URI must be an address that begins with one of {', '.join(STORES)}"
+    cure = "set it to a server's address or a database's such as sqlite:///mlflow.db, or unset it"
+    try:
+        place = urlsplit(uri)
+    except ValueError as error:
+        raise UserError(f"{rule}, but what came is none ({error}): {cure}") from None
     query = [name.lower() for name in parse_qs(place.query)]
     if place.password or any("password" in name for name in query):
         raise UserError(
@@ -406,6 +415,8 @@ def _refuse_a_password(uri: str) -> None:
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, PGPASSFILE for a "
             "database"
         )
+    if place.scheme.split("+")[0] not in STORES:
+        raise UserError(f"{rule}, but {uri!r} came: {cure}")
 
 
 def _wait_for(uri: str) -> None:

@@ -224,6 +224,15 @@ def test_an_unreachable_server_is_a_sentence(monkeypatch: pytest.MonkeyPatch) ->
         tracking.connect()
 
 
+@pytest.mark.parametrize("uri", ["./mlruns", "file:///mlruns", "foo://x", "http://[::1"])
+def test_what_is_no_store_is_a_sentence(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    came = "what" if "[" in uri else repr(uri)
+    rule = f"MLFLOW_TRACKING_URI must be an address that begins with .*, but {re.escape(came)}"
+    with pytest.raises(UserError, match=rule):
+        tracking.connect()
+
+
 def _failed_sweep() -> None:
     with contextlib.suppress(KeyError), tracking.start("sweep") as run:
         run.tags({"model": "lstm", "dataset_digest": "aaaa"})
