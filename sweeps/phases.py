@@ -7,6 +7,7 @@ under other seeds.
 For any other model TPE proposes, and successive halving stops, until the budget is spent.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -126,7 +127,7 @@ class Phases:
             return self._again(*self.lost.pop(0), left)
         if self.steps is None:
             return self._screen("search", left) if left > price else None
-        begun = self._begun("screen")
+        begun = self._begun("screen", every_round=True)
         if left > price and (not begun or self._spent(begun) < SCREEN_SHARE * self.total):
             return self._screen("screen", left)
         if any(trial.state == TrialState.RUNNING for trial in begun):
@@ -164,17 +165,24 @@ class Phases:
             return self._race(screened, grant) if n_left > 0 else None
         if any(trial.state == TrialState.RUNNING for trial in racing):
             return None
-        # A seed that fails by itself would again.
-        winner, n_seeds = self.winner(), len(confirming) + len(self._hopeless("confirm"))
-        wanted = plan.n_confirming and n_seeds < MAX_CONFIRMING
-        if winner and wanted and left >= MARGIN * winner.cpu_seconds:
-            params = self._params(winner.number)
-            seed = (self.seed + 1 + n_seeds) % 2**32
-            return self._propose(params, "confirm", seed, grant)
+        winner = self.winner()
+        if winner and plan.n_confirming and left >= MARGIN * winner.cpu_seconds:
+            params, seeds = self._params(winner.number), self._seeds(winner)
+            if len(seeds) <= MAX_CONFIRMING:
+                others = (seed % 2**32 for seed in itertools.count(self.seed + 1))
+                seed = next(seed for seed in others if seed not in seeds)
+                return self._propose(params, "confirm", seed, grant)
         # What racers have left that were stopped pays for one more.
-        if n_seeds == 0 and left >= SPARE * plan.cpu_seconds:
+        if not self._tried("confirm") and left >= SPARE * plan.cpu_seconds:
             return self._race(screened, left)
         return None
+
+    def _seeds(self, winner: Outcome) -> set[int]:
+        """The seeds under which a trial of the race was tried, its own too."""
+        own = self.study.get_trials(deepcopy=False)[winner.number]
+        again = self._tried("confirm", every_round=True)
+        same = [trial for trial in again if trial.params == own.params]
+        return {int(trial.user_attrs["seed"]) for trial in (own, *same)}
 
     def _n_steps(self, screened: Outcome, grant: float) -> int:
         """Steps of a whole fit that a grant pays for, of what was screened."""
@@ -201,18 +209,26 @@ class Phases:
     def _race(self, screened: Sequence[Outcome], grant: float) -> Proposal | None:
         """A trial of the race, for as many steps as the grant pays for; None where that is none.
 
-        The most promising one that has not raced yet; where all have, those again.
+        The most promising one that has not raced yet, or for half as many steps at most, as when
+        the budget was smaller; where all have, those again.
         """
         assert self.steps is not None
         promising = self._promising(screened, grant)
         if not promising:
             return None
-        hopeless = self._hopeless("race")
-        raced = [one.user_attrs.get(SCREENED) for one in (*self._begun("race"), *hopeless)]
-        one = min(promising, key=lambda one: raced.count(one.number))
-        whole = search.whole(self.member) | {self.steps: self._n_steps(one, grant)}
+        steps, raced = self.steps, self._tried("race", every_round=True)
+
+        def n_races(one: Outcome) -> int:
+            n_steps = self._n_steps(one, grant)
+            return sum(
+                other.user_attrs.get(SCREENED) == one.number and 2 * other.params[steps] > n_steps
+                for other in raced
+            )
+
+        one = min(promising, key=n_races)
+        whole = search.whole(self.member) | {steps: self._n_steps(one, grant)}
         fixed = self._params(one.number) | whole
-        if len(raced) >= N_SAFE or one.number in raced:
+        if len(self._tried("race")) >= N_SAFE or n_races(one):
             for name in getattr(self.member, "LATE", ()):
                 del fixed[name]
         return self._propose(fixed, "race", self.seed, grant, {SCREENED: one.number})
@@ -244,19 +260,20 @@ class Phases:
             and (phase in ("screen", "search") or trial.state != TrialState.FAIL)
         ]
 
-    def _hopeless(self, phase: str) -> list[Trial]:
-        """This budget's trials of a phase that failed by themselves: to try them again would too.
+    def _tried(self, phase: str, every_round: bool = False) -> list[Trial]:
+        """Those of ``_begun``, and those that failed by themselves: to try them again would too.
 
         So does one whose worker has died twice.
         """
         failures = {one.number: one.failure for one in self.outcomes if one.failure}
-        return [
+        hopeless = [
             trial
             for trial in self.study.get_trials(deepcopy=False)
             if (failures.get(trial.number, "killed") != "killed" or _lost_twice(trial))
             and trial.user_attrs.get("phase") == phase
-            and trial.user_attrs.get("round") == self.total
+            and (every_round or trial.user_attrs.get("round") == self.total)
         ]
+        return self._begun(phase, every_round) + hopeless
 
     def _spent(self, trials: Sequence[Trial]) -> float:
         """CPU-seconds of trials; one that still runs counts as the others do on average."""
@@ -292,13 +309,14 @@ class Phases:
         if winner is None:
             return []
         params = self._params(winner.number)
-        numbers = {one.number for one in self._begun("confirm") if one.params == params}
+        confirming = self._begun("confirm", every_round=True)
+        numbers = {one.number for one in confirming if one.params == params}
         again = [one for one in self.outcomes if one.number in numbers and one.model_uri]
         return [winner, *again]
 
     def winner(self) -> Outcome | None:
-        """The best of the race, in this round; None where none has a model."""
-        numbers = {trial.number for trial in self._begun("race")}
+        """The best of the races, those of earlier budgets too; None where none has a model."""
+        numbers = {trial.number for trial in self._begun("race", every_round=True)}
         racing = [one for one in self.outcomes if one.number in numbers and one.model_uri]
         return max(racing, key=lambda one: one.val_accuracy or 0.0, default=None)
 

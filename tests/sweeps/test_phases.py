@@ -1,5 +1,6 @@
 """Screen, race and confirm, with fits that cost and score what a formula says."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -346,6 +347,39 @@ def test_more_budget_for_a_study_screens_and_races_again(tmp_path: Path) -> None
     # Law: the defaults and the priors were screened once.
     screened = [proposal.trial.params for proposal in (*driver.of("screen"), *again.of("screen"))]
     assert sum(params["width"] == 2 and params["rate"] == 0.1 for params in screened) == 1
+
+
+@pytest.mark.parametrize(("before", "after"), [(300, 375), (1200, 1400), (300, 2400)])
+def test_a_continued_study_screens_its_share_and_keeps_the_best_that_it_has(
+    tmp_path: Path, before: float, after: float
+) -> None:
+    first = Driver(tmp_path, before, seed=1)
+    first.run()
+    best = first.phases.winner()
+    assert best is not None
+    again = Driver(tmp_path, after, seed=0)
+
+    def worse(proposal: Proposal) -> dict[str, Any]:
+        return {"state": "pruned", "value": False} if proposal.phase == "race" else {}
+
+    again.run(worse)
+    # Law: of all that the study has had the screen takes its share, and no more of the new money.
+    screened = {trial.number for trial in again.phases._begun("screen", every_round=True)}
+    costs = [one.cpu_seconds for one in again.outcomes if one.number in screened]
+    assert sum(costs) <= SCREEN_SHARE * after + max(costs)
+    assert again.of("race")
+    # Law: the winner is the whole study's, and its further seeds are those of all budgets.
+    assert again.phases.winner() == best
+    fits = again.phases.confirmed()
+    assert len(fits) >= len(first.phases.confirmed())
+    seeds = [again.study.trials[one.number].user_attrs["seed"] for one in fits]
+    assert len(set(seeds)) == len(seeds) <= 3
+    # Law: no set of hyperparameters races again, unless for twice as many steps.
+    lengths: dict[int, list[int]] = {}
+    for trial in again.phases._begun("race", every_round=True):
+        lengths.setdefault(trial.user_attrs["screened"], []).append(trial.params["epochs"])
+    for places in lengths.values():
+        assert all(2 * one <= other for one, other in itertools.pairwise(places))
 
 
 def test_a_racer_far_behind_at_half_of_its_schedule_is_stopped(tmp_path: Path) -> None:
