@@ -8,7 +8,8 @@ sweep as it is). Every arm is a process of its own on one worker. A watchdog add
 it and of all its children, imports included, and kills it at the budget; its result is what had the
 best accuracy on ``val`` by then, after any epoch of any of its fits. A tuner that does not know its
 budget runs once, to the largest, and is looked at at each. Rows that are in ``results/peers.csv``
-already are not run again. The tuners' packages are in
+already are not run again, but for those of another processor: a CPU-second is worth another amount
+of work there, and so no mean and no picture mixes them. The tuners' packages are in
 ``benchmarks/requirements.txt``. ``--arms`` with those of ``arms.OURS`` in ``whole`` shows what each
 part of the sweep is good for.
 """
@@ -33,12 +34,13 @@ from matplotlib.figure import Figure
 
 from benchmarks import arms
 from pipeline import models as all_models
-from pipeline import plots, precision, prep, registry
+from pipeline import plots, precision, prep, registry, tracking
 from sweeps import processes
 from sweeps.nursery import ONE_THREAD
 
 RESULTS = Path(__file__).parent / "results"
 KEYS = ["comparison", "model", "budget", "arm", "seed"]
+SET = ["processor", "comparison", "model", "budget"]  # within which arms are compared
 AWARE = (*arms.OURS, "random_top")  # arms that know their budget
 FEW = ("deck", "random", "random_top", "optuna_median")  # the arms for other models than the CNN
 LEVELS = {"cnn": 0.907, "lstm": 0.887, "knn": 0.812}  # the deck's models', here
@@ -242,14 +244,14 @@ def _anytime(found: Sequence[dict[str, Any]], budget: float) -> float:
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds of each arm, with the standard deviation of its accuracy on test."""
-    grouped = rows.groupby([key for key in KEYS if key != "seed"], sort=False)
+    grouped = rows.groupby([*SET, "arm"], sort=False)
     means = grouped[
         ["test_accuracy", "n_fits", "reached_deck_at", "anytime", "overrun", "overhead_share"]
     ].mean()
     means.insert(1, "test_std", grouped["test_accuracy"].std())
     means.insert(0, "n_seeds", grouped.size())
-    order = ["comparison", "model", "budget", "test_accuracy"]
-    return means.reset_index().sort_values(order, ascending=[True, True, True, False])
+    ascending = [True] * len(SET) + [False]
+    return means.reset_index().sort_values([*SET, "test_accuracy"], ascending=ascending)
 
 
 def picture(means: pd.DataFrame) -> Figure:
@@ -258,7 +260,7 @@ def picture(means: pd.DataFrame) -> Figure:
     ``means`` is what ``table`` gives. Sets in which one arm was run alone are left out, unless
     all are such.
     """
-    sets = list(means.groupby(["model", "comparison", "budget"], sort=False))
+    sets = list(means.groupby(SET, sort=False))
     panels = [one for one in sets if len(one[1]) > 1] or sets
     n_columns = min(len(panels), 4)
     n_rows = -(-len(panels) // n_columns)
@@ -266,7 +268,7 @@ def picture(means: pd.DataFrame) -> Figure:
     grid = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    for axes, ((model, comparison, budget), rows) in zip(grid, panels, strict=False):
+    for axes, ((processor, comparison, model, budget), rows) in zip(grid, panels, strict=False):
         ordered = rows.sort_values("test_accuracy")
         accuracy, spread = 100 * ordered["test_accuracy"], 100 * ordered["test_std"].fillna(0)
         # Points, not bars: the axis does not begin at 0.
@@ -276,10 +278,21 @@ def picture(means: pd.DataFrame) -> Figure:
             at_the_edge = axes.get_yaxis_transform()
             axes.text(1.02, arm, f"{x:.1f}", transform=at_the_edge, va="center")
         axes.grid(axis="x", alpha=0.3)
-        axes.set_title(f"{model.upper()}, {comparison}, {budget} CPU-s", loc="left")
+        axes.set_title(
+            f"{model.upper()}, {comparison}, {budget} CPU-s\n{processor}", loc="left", fontsize=10
+        )
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("test accuracy (%), mean over seeds; this project in blue")
     return figure
+
+
+def rows_of(path: Path, processor: str) -> set[tuple[Any, ...]]:
+    """The ``KEYS`` of the rows that were run on a processor; none where there is no file yet."""
+    if not path.exists():
+        return set()
+    rows = pd.read_csv(path)
+    here = rows[rows["processor"] == processor]
+    return set(here[KEYS].itertuples(index=False, name=None))
 
 
 def main() -> None:
@@ -300,15 +313,16 @@ def main() -> None:
     )
     space = registry.load(all_models, "cnn").PARAMS
     policy = precision.POLICIES[precision.resolve(precision.AUTO, space)]
+    processor = tracking.environment_tags()["cpu_model"]
     processes.adopt_orphans()
     shard, n_shards = map(int, args.shard.split("/"))
     for job in list(planned(args))[shard::n_shards]:
-        rows = pd.read_csv(args.output) if args.output.exists() else pd.DataFrame(columns=KEYS)
-        there = set(rows[KEYS].itertuples(index=False, name=None))
+        there = rows_of(args.output, processor)
         if there.issuperset(job.keys()):
             continue
         new = run(job, data.root.absolute(), policy)
         found = pd.DataFrame([row for row in new if tuple(row[key] for key in KEYS) not in there])
+        found.insert(0, "processor", processor)
         found.to_csv(args.output, mode="a", header=not args.output.exists(), index=False)
         print(found.to_string(index=False, header=False), flush=True)
     means = table(pd.read_csv(args.output))

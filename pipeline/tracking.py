@@ -54,6 +54,9 @@ STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")  # what MLf
 BUSY = (429, 500, 502, 503, 504)  # what a server answers that may do better soon
 PATIENCE = 5  # times that it is asked again, after 0, 2, 4, 8 and 16 seconds
 ATTEMPTS = 5  # to log a model with a server that breaks down
+CPUINFO = Path("/proc/cpuinfo")
+# There: what it calls the numbers that tell processors of one name apart.
+CPU_NUMBERS = {"family": "cpu family", "model": "model"}
 BROKEN_OFF = "IncompleteRead"  # in what requests says of half an answer
 REQUEST = "request"  # tag: what tells one run that was asked for twice from two runs
 NOTE = "mlflow.note.content"  # the tag that the MLflow UI shows as description
@@ -640,7 +643,13 @@ def _git(*arguments: str) -> str:
 
 
 def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    """The processor's name, and numbers that tell it from others of that name.
+
+    A virtual machine may call all of a maker's by one name, such as AMD EPYC.
+    """
+    cpuinfo = CPUINFO.read_text() if CPUINFO.exists() else ""
+    first = [line.partition(":") for line in cpuinfo.partition("\n\n")[0].splitlines()]
+    facts = {name.strip(): value.strip() for name, _, value in first}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{what} {facts[key]}" for what, key in CPU_NUMBERS.items() if key in facts]
+    return f"{name} ({', '.join(numbers)})" if numbers else name

@@ -298,7 +298,8 @@ def test_each_place_of_a_space_with_steps_is_another_value_of_it() -> None:
 def test_a_table_has_a_row_for_each_arm_the_best_first() -> None:
     rows = pd.DataFrame(
         [
-            {"comparison": "whole", "model": "cnn", "budget": 300, "arm": arm, "seed": seed}
+            {"processor": "Abacus", "comparison": "whole", "model": "cnn", "budget": 300}
+            | {"arm": arm, "seed": seed}
             | dict.fromkeys(("n_fits", "anytime", "overrun", "overhead_share"), 0.5)
             | {"reached_deck_at": np.nan, "test_accuracy": accuracy + 0.01 * seed}
             for arm, accuracy in (("random", 0.8), ("ours", 0.9))
@@ -315,6 +316,29 @@ def test_a_table_has_a_row_for_each_arm_the_best_first() -> None:
     alone = table[table["arm"] == "ours"].assign(budget=900)
     assert len(peers.picture(pd.concat([table, alone])).axes) == 1
     assert len(peers.picture(alone).axes) == 1
+
+
+def test_rows_of_another_processor_are_neither_there_nor_in_a_mean(tmp_path: Path) -> None:
+    key = ("whole", "cnn", 300, "ours", 0)
+    row = dict(zip(peers.KEYS, key, strict=True)) | dict.fromkeys(
+        ("n_fits", "reached_deck_at", "anytime", "overrun", "overhead_share"), 0.5
+    )
+    rows = pd.DataFrame(
+        [
+            {"processor": "Abacus"} | row | {"test_accuracy": 0.8},
+            {"processor": "Pascaline"} | row | {"test_accuracy": 0.9},
+        ]
+    )
+    path = tmp_path / "peers.csv"
+    assert peers.rows_of(path, "Abacus") == set()
+    rows.to_csv(path, index=False)
+    assert peers.rows_of(path, "Abacus") == {key}
+    assert peers.rows_of(path, "Arithmometer") == set()
+    table = peers.table(rows)
+    assert list(table["test_accuracy"]) == [0.8, 0.9]
+    assert list(table["n_seeds"]) == [1, 1]
+    titles = [axes.get_title(loc="left") for axes in peers.picture(table).axes]
+    assert [title.splitlines()[1] for title in titles] == ["Abacus", "Pascaline"]
 
 
 def test_a_synthesised_archive_is_one_of_drawn_letters(

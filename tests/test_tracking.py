@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -35,6 +36,25 @@ def test_a_run_that_ends_well_is_finished_and_tagged(store: mlflow.MlflowClient)
     assert {"git_commit", "git_dirty", "versions", "cpu_model", "threads", "precision"} <= set(tags)
     assert f"mlflow={mlflow.__version__}" in tags["versions"]
     assert tags["step"] == "train"
+
+
+X86 = "cpu family\t: {}\nmodel\t\t: {}\nmodel name\t: AMD EPYC\n\nmodel\t\t: 99\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "told"),
+    [
+        (X86.format(25, 1), "AMD EPYC (family 25, model 1)"),
+        (X86.format(25, 17), "AMD EPYC (family 25, model 17)"),  # of one name, but another one
+        ("processor\t: 0\nBogoMIPS\t: 243\n", platform.processor() or platform.machine()),  # ARM
+    ],
+)
+def test_processors_of_one_name_are_told_apart(
+    cpuinfo: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "CPUINFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert tracking._cpu_model() == told
 
 
 def test_two_runs_may_be_the_first_of_a_data_set_at_once(
