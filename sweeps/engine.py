@@ -10,6 +10,7 @@ import mlflow
 import optuna
 from mlflow.entities import Run as RunEntity
 from optuna.trial import TrialState
+from tqdm import tqdm
 
 from pipeline import models, precision, registry, tracking
 from pipeline.bill import METER, added, charge, completed, metrics
@@ -20,7 +21,7 @@ from sweeps.budget import RESERVE_CPU_SECONDS, Ledger, own_cpu_seconds
 from sweeps.cluster import Cluster
 from sweeps.nursery import Message, Nursery, lost
 from sweeps.phases import RETRY_OF, Phases, Proposal, growth
-from sweeps.trial import REFUSED, STATUS, Outcome, Referee, description
+from sweeps.trial import REFUSED, STATUS, Outcome, Referee, death, description
 
 MAX_FAILURES = 3  # a sweep whose first trials all fail has one cause
 LOGGING_CPU_SECONDS = 2.0  # after a trial's last step, before one has shown what it takes
@@ -217,15 +218,28 @@ class Engine:
         return Phases(self.study, self.member, seed, total, self.outcomes, everywhere, by)
 
     def _probe(self) -> float:
-        """What bfloat16 gains on this machine: tried in a fork, which costs 0.4 CPU-s."""
+        """What bfloat16 gains on this machine: tried in a fork, which costs 0.4 CPU-s.
+
+        No gain where the fork comes to nothing; the sweep's page and the terminal say so.
+        """
         assert self.nursery is not None
         self.nursery.start(PROBE, {"probe": True}, PROBE_CPU_SECONDS)
         while True:
             for event in self.nursery.events(BEAT_SECONDS):
-                if event["trial"] == PROBE and "end" in event:
-                    gain = float((event["end"] or {}).get("gain", 0.0))
-                    self.run.metrics({"bfloat16_gain": gain}, 0)
-                    return gain
+                if event["trial"] != PROBE or "end" not in event:
+                    continue
+                end = event["end"] or {}
+                if "gain" in end:
+                    self.run.metrics({"bfloat16_gain": end["gain"]}, 0)
+                    return float(end["gain"])
+                dear = f"more than its {PROBE_CPU_SECONDS:g} CPU-seconds"
+                why = end.get("error") or (dear if event["over_budget"] else death(event))
+                self.run.tags({"bfloat16_probe": why})
+                tqdm.write(
+                    f"{self.task.model}: float32, since what bfloat16 gains could not be tried "
+                    f"({why}); -P precision=bfloat16 takes it untried"
+                )
+                return 0.0
 
     def _start(self, proposal: Proposal) -> None:
         """Promise a trial its grant, open its child run, have the nursery fork it."""

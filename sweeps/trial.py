@@ -129,6 +129,12 @@ def body(spec: Message, call: Callable[[Message], Message]) -> Message:
     return trained._asdict() | {"bill": METER.seconds()}
 
 
+def death(event: Message) -> str:
+    """Of what a process has died that could not tell its end, as the nursery's ``event`` has it."""
+    died = f"the process ended by signal {event['signal']}"
+    return str(event.get("lost") or _DEATHS.get(event["signal"], died))
+
+
 class Referee:
     """Hears a trial's reports and says when it must stop: because of the pruner or its grant."""
 
@@ -173,8 +179,7 @@ class Referee:
             state = "failed"
         elif not end:
             state, failure = "killed", "killed"
-            died = f"the process ended by signal {event['signal']}"
-            error = event.get("lost") or _DEATHS.get(event["signal"], died)
+            error = death(event)
         elif end["whole"]:  # then a verdict on a next step is moot
             state = "complete"
         total = event["cpu_seconds"]

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -494,3 +495,38 @@ def test_the_kernel_agrees_on_the_budget_and_knn_needs_no_tensorflow(
     (run,) = runs(store, "sweep")
     # What comes after the last metric is the end of the interpreter.
     assert run.data.metrics["cpu_seconds"] == pytest.approx(spent, abs=2.0)
+
+
+ENDED: dict[str, Any] = {"trial": engine.PROBE, "signal": 0, "over_budget": False}
+
+
+@pytest.mark.parametrize(
+    ("event", "why"),
+    [
+        (ENDED | {"end": {"gain": 1.5}}, None),
+        (ENDED | {"end": {"failure": "error", "error": "ImportError: no"}}, "ImportError: no"),
+        (ENDED | {"end": {"over_budget": True}, "over_budget": True}, "more than its 5 CPU-s"),
+        (ENDED | {"end": None, "signal": 11}, "ended by signal 11"),
+    ],
+)
+def test_a_probe_of_bfloat16_that_comes_to_nothing_is_told(
+    event: dict[str, Any], why: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: dict[str, Any] = {}
+    driver: Any = SimpleNamespace(
+        nursery=SimpleNamespace(start=lambda *given: None, events=lambda timeout: [event]),
+        run=SimpleNamespace(tags=said.update, metrics=lambda values, step: said.update(values)),
+        task=SimpleNamespace(model="cnn"),
+    )
+    gain = engine.Engine._probe(driver)
+    output = capsys.readouterr()
+    if why is None:
+        assert (gain, said) == (1.5, {"bfloat16_gain": 1.5})
+        assert not output.out
+    else:
+        # Law: what was not measured is no figure, and why is on the page and in the terminal.
+        assert gain == 0.0
+        assert why in said["bfloat16_probe"]
+        assert set(said) == {"bfloat16_probe"}
+        assert why in output.out
+        assert "-P precision=bfloat16" in output.out
