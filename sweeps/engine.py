@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -121,9 +121,9 @@ class Engine:
 
     def left(self) -> float:
         """CPU-seconds that are neither spent nor granted nor needed to close the sweep."""
-        used = self.nursery.live if self.nursery else {}
+        live = self.nursery.live if self.nursery else {}
         promised = sum(
-            max(0.0, grant - used.get(trial, 0.0)) for trial, grant in self.ledger.granted.items()
+            max(0.0, self.ledger.granted.get(trial, 0.0) - spent) for trial, spent in live.items()
         )
         return self.ledger.total - RESERVE_CPU_SECONDS - self.spent() - promised
 
@@ -283,7 +283,7 @@ class Engine:
     def _hear(self) -> None:
         """Answer reports, book ends, keep the ledger's account of what is spent."""
         assert self.nursery is not None
-        for event in self.nursery.events(BEAT_SECONDS):
+        for event in self._events():
             if "end" in event:
                 self._end(event)
             elif event["trial"] in self.live:
@@ -295,6 +295,22 @@ class Engine:
             self._beat()
             if self.task.launched and processes.launchers() != self.launchers:
                 self.interrupted = True  # mlflow run is gone: nobody waits for this any longer
+
+    def _events(self) -> Iterator[Message]:
+        """What has come of the trials, all of it read before the first is heeded.
+
+        The kernel charges the nursery with a trial that has ended: as long as its end is not read,
+        it counts as a live one too, and another trial might be stopped for want of what is there.
+        """
+        assert self.nursery is not None
+        found: list[Message] = []
+        try:
+            for event in self.nursery.events(BEAT_SECONDS):
+                found.append(event)
+        except ConnectionError:
+            yield from found
+            raise
+        yield from found
 
     def _beat(self) -> None:
         """Note in the ledger what is spent so far: what a crash now would leave known."""

@@ -9,7 +9,7 @@ visual document analysis"), white noise smoothed by a Gaussian; it moves pen poi
 
 import importlib.metadata
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from pipeline import nist
-from pipeline.spec import LETTERS, SIDE, Images, Labels, Letters, Part, Source, UserError
+from pipeline.spec import LETTERS, Images, Labels, Letters, Source, Stream, UserError
 
 _SEED = 2017
 _CHUNK = 1_000  # letters a random stream
@@ -89,7 +89,7 @@ def source(archive: str, n_train: int | None) -> Source:
 
 
 def _read(n_train_and_val: int, n_test: int) -> Letters:
-    """Draw all parts in one go, so that no two share a random stream.
+    """All parts as one row of letters, so that no two share a random stream; drawn when read.
 
     As in EMNIST the gate, the last rows of train, is balanced, and test is balanced and sorted.
     """
@@ -97,25 +97,34 @@ def _read(n_train_and_val: int, n_test: int) -> Letters:
     sizes = n_train_and_val, n_test
     train, gate = (rng.permutation(np.arange(n) % len(LETTERS)) for n in sizes)
     labels = np.concatenate([train, gate, np.sort(gate)]).astype(np.uint8)
-    images = _draw(labels)
-    parts = (Part(images[rows], labels[rows]) for rows in (slice(-n_test), slice(-n_test, None)))
+    cut = len(labels) - n_test
+    ends = (0, cut), (cut, len(labels))
+    parts = (Stream(labels[slice(*some)], partial(_draw, labels, *some)) for some in ends)
     return Letters(*parts)
 
 
-def _draw(labels: Labels) -> Images:
-    """One picture a label. Chunks are independent: any of them can be drawn without the others."""
+def _draw(labels: Labels, begin: int, end: int) -> Iterator[Images]:
+    """The pictures of the labels from ``begin`` to ``end``, a chunk at a time.
+
+    Chunks are independent: any of them can be drawn without the others.
+    """
     glyphs = _glyphs()
-    images = np.zeros((len(labels), SIDE, SIDE), np.uint8)
     starts = range(0, len(labels), _CHUNK)
     seeds = np.random.SeedSequence(_SEED).spawn(len(starts))
-    for start, seed in zip(tqdm(starts, "thousand letters", disable=None), seeds, strict=True):
+    chunks = [
+        (start, seed)
+        for start, seed in zip(starts, seeds, strict=True)
+        if begin < start + _CHUNK and start < end
+    ]
+    for start, seed in tqdm(chunks, "thousand letters", disable=None):
         rng = np.random.default_rng(seed)
-        for i, label in enumerate(labels[start : start + _CHUNK], start):
+        images = []
+        for label in labels[start : min(start + _CHUNK, end)]:
             glyph = glyphs[label][rng.integers(len(glyphs[label]))]
             hand = {name: rng.uniform(*ends) for name, ends in _HAND.items()}
             strokes = _write(glyph, hand, rng)
-            images[i] = _picture(strokes, hand["pen"])
-    return images
+            images.append(_picture(strokes, hand["pen"]))
+        yield np.stack(images)[max(begin - start, 0) :]
 
 
 def _glyphs() -> list[list[_Glyph]]:

@@ -7,16 +7,22 @@ import numpy.typing as npt
 import pytest
 
 from pipeline.datasets import strokes
-from pipeline.spec import LETTERS, Images, Letters, UserError
+from pipeline.spec import LETTERS, Images, Letters, Part, UserError
 
 N_TRAIN = 1_000
 N_VAL = N_TRAIN // 4
 N_TEST = 10 * len(LETTERS)  # ten a letter at least
 
 
+def drawn() -> Letters:
+    """All letters, drawn."""
+    streams = strokes.source("default", N_TRAIN).read()
+    return Letters(*(Part(np.concatenate([*s.chunks()]), s.labels) for s in streams))
+
+
 @pytest.fixture(scope="module")
 def letters() -> Letters:
-    return strokes.source("default", N_TRAIN).read()
+    return drawn()
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +73,12 @@ def test_sizes_follow_n_train(n_train: int, n_test: int, n_val: int) -> None:
 
 
 def test_facts_are_json_and_name_the_seed() -> None:
-    drawn = strokes.source("default", N_TRAIN)
+    source = strokes.source("default", N_TRAIN)
     # A prepared copy is found by its facts, which go through JSON unchanged.
-    assert json.loads(json.dumps(drawn.facts)) == drawn.facts
-    assert {"fonts", "seed", "hershey_fonts_version"} <= drawn.facts.keys()
+    assert json.loads(json.dumps(source.facts)) == source.facts
+    assert {"fonts", "seed", "hershey_fonts_version"} <= source.facts.keys()
     # These are the letters that the name promises.
-    assert drawn.official
+    assert source.official
 
 
 def test_ink_is_high_on_zero(images: Images) -> None:
@@ -102,11 +108,20 @@ def test_no_two_letters_are_the_same_picture(images: Images) -> None:
 
 
 def test_drawing_repeats(letters: Letters) -> None:
-    again = strokes.source("default", N_TRAIN).read()
     # The same seed, the same bytes.
-    for part, other in zip(letters, again, strict=True):
+    for part, other in zip(letters, drawn(), strict=True):
         np.testing.assert_array_equal(part.images, other.images)
         np.testing.assert_array_equal(part.labels, other.labels)
+
+
+def test_letters_are_drawn_some_at_a_time(letters: Letters) -> None:
+    train, test = strokes.source("default", N_TRAIN).read()
+    chunks = train.chunks()
+    some = next(chunks)
+    assert len(some) < len(train.labels)
+    np.testing.assert_array_equal(some, letters.train.images[: len(some)])
+    # Law: a part is the same whether others are drawn or not, also from the midst of a chunk.
+    np.testing.assert_array_equal(np.concatenate([*test.chunks()]), letters.test.images)
 
 
 def test_labels_name_the_pictures(letters: Letters) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -22,7 +23,7 @@ from steps import SWEEP, arguments, artifacts, left_until, runs, toy, wait
 from pipeline import models
 from pipeline.spec import UserError
 from sweeps import engine, phases, sweep
-from sweeps.budget import Ledger, own_cpu_seconds
+from sweeps.budget import RESERVE_CPU_SECONDS, Ledger, own_cpu_seconds
 
 FIGURES = {
     "bill.png",
@@ -530,3 +531,38 @@ def test_a_probe_of_bfloat16_that_comes_to_nothing_is_told(
         assert set(said) == {"bfloat16_probe"}
         assert why in output.out
         assert "-P precision=bfloat16" in output.out
+
+
+class Told:
+    """A nursery of two trials, one of which has ended: what it says when it is read, and spends."""
+
+    def __init__(self, dies: bool = False) -> None:
+        self.live, self.dies = {0: 40.0, 1: 20.0}, dies
+
+    def events(self, timeout: float) -> Iterator[dict[str, Any]]:
+        yield {"trial": 1, "message": {"step": 1}}
+        del self.live[0]
+        yield {"trial": 0, "end": None}
+        if self.dies:
+            raise ConnectionError("the nursery died")
+
+
+def test_a_trial_that_has_ended_counts_once_while_its_end_is_read() -> None:
+    driver: Any = SimpleNamespace(
+        nursery=Told(), ledger=SimpleNamespace(total=100.0, granted={0: 45.0, 1: 50.0})
+    )
+    # The kernel's account: trial 0's 40 CPU-seconds are the nursery's by now.
+    driver.spent = lambda: 40.0 + sum(driver.nursery.live.values())
+    left = []
+    for _ in engine.Engine._events(driver):
+        left.append(engine.Engine.left(driver))
+    # Law: with each event the budget has what neither is spent nor granted to one that runs.
+    assert left == [100 - RESERVE_CPU_SECONDS - 40 - 50] * 2
+
+
+def test_what_a_nursery_had_told_before_it_died_is_heeded() -> None:
+    driver: Any = SimpleNamespace(nursery=Told(dies=True))
+    events = engine.Engine._events(driver)
+    assert [next(events)["trial"], next(events)["trial"]] == [1, 0]
+    with pytest.raises(ConnectionError, match="died"):
+        next(events)
