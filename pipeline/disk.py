@@ -1,11 +1,13 @@
-"""What may be written to disk, and arrays on disk whose rows come in any order."""
+"""What may be written to disk and by whom, and arrays on disk whose rows come in any order."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
 import sqlite3
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,6 +54,17 @@ def keep(file: IO[Any]) -> None:
     """Have a file on the disk before its folder gets its name: a power cut may come between."""
     file.flush()
     os.fsync(file.fileno())
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's own lock, and wait until others that hold it are done; it leaves no file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write(path: Path, content: bytes) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import mlflow
 from platformdirs import user_cache_path
 
-from pipeline import tracking
+from pipeline import disk, tracking
 from pipeline.bill import charge
 from pipeline.spec import Dataset, UserError
 
@@ -72,7 +72,10 @@ def fetch(letters: Mapping[str, Any]) -> Dataset:
     cache = Path(os.environ.get("LETTERS_CACHE") or user_cache_path("letters")).expanduser()
     root = cache / "shared" / f"{facts['name']}-{facts['digest']}"
     if not _holds(root, facts):
-        _download(letters, root)
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with disk.locked(root.parent):  # a second trial waits, then finds all done
+            if not _holds(root, facts):
+                _download(letters, root)
     return Dataset(root, facts)
 
 
@@ -87,7 +90,6 @@ def _holds(root: Path, facts: Mapping[str, Any]) -> bool:
 def _download(letters: Mapping[str, Any], root: Path) -> None:
     """Fetch beside the folder's final place, check, then move there in one step."""
     facts = letters["facts"]
-    root.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".fetch-", dir=root.parent))
     try:
         client = mlflow.MlflowClient()
@@ -101,11 +103,7 @@ def _download(letters: Mapping[str, Any], root: Path) -> None:
             )
         (found / "dataset.json").write_text(json.dumps(facts, indent=2) + "\n")
         shutil.rmtree(root, ignore_errors=True)  # what is there is not what it must be
-        try:
-            os.replace(found, root)
-        except OSError:
-            if not _holds(root, facts):  # else another trial was faster
-                raise
+        os.replace(found, root)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

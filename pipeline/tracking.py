@@ -4,7 +4,6 @@ Runs are written through ``MlflowClient`` with explicit run ids, never through t
 that several runs can be open at once.
 """
 
-import fcntl
 import functools
 import importlib.metadata
 import json
@@ -46,7 +45,7 @@ from mlflow.utils import requirements_utils
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from pipeline import owner, quiet, served_letters, views
+from pipeline import disk, owner, quiet, served_letters, views
 from pipeline.bill import charge
 from pipeline.spec import LETTERS, SIDE, Dataset, Fitted, Images, UserError
 
@@ -394,7 +393,7 @@ def connect() -> mlflow.MlflowClient:
         return client
     # Two processes that make one store at once break it: MLflow has no lock for that.
     folder = Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite") else Path()
-    with _locked(folder if folder.is_dir() else Path()):
+    with disk.locked(folder if folder.is_dir() else Path()):
         client = mlflow.MlflowClient()
         experiment_id(client)
     return client
@@ -460,17 +459,6 @@ def _knock(client: mlflow.MlflowClient, uri: str) -> None:
             f"{uri} does not let {repr(name) if name else 'the nameless'} in: set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD as its administrator gave them"
         ) from error
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's own lock: no file is left behind."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def experiment_id(client: mlflow.MlflowClient) -> str:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -392,6 +393,26 @@ def test_letters_are_fetched_once_and_checked(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert shared.fetch(published).root == data.root
     assert [item.name for item in data.root.parent.iterdir()] == [data.root.name]
+
+
+def test_trials_that_need_letters_at_once_fetch_them_once(
+    published: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def download(client: mlflow.MlflowClient, run_id: str, *where: str) -> Any:
+        asked.append(run_id)
+        time.sleep(0.5)  # the other one comes meanwhile
+        return real(client, run_id, *where)
+
+    real = mlflow.MlflowClient.download_artifacts
+    monkeypatch.setattr(mlflow.MlflowClient, "download_artifacts", download)
+    with ThreadPoolExecutor() as pool:
+        one, other = pool.map(shared.fetch, [published, published])
+    assert asked == [published["run_id"]]
+    # Law: what a trial has been given stays where it is.
+    for data in (one, other):
+        assert len(data.part("val").images) == len(data.part("val").labels) > 0
 
 
 def test_letters_that_differ_on_the_server_are_refused(published: dict[str, Any]) -> None:

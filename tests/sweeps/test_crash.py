@@ -240,9 +240,15 @@ def test_a_killed_nursery_or_trial_costs_its_trials_only(victim: str, typist: Ty
     driver = typist.type()
     typist.wait_for_trials(driver, 3)
     (nursery,) = processes.children(driver.pid)
-    wait(lambda: bool(processes.children(nursery)), 10)
-    victims = [nursery] if victim == "nursery" else processes.children(nursery)[:1]
-    os.kill(victims[0], signal.SIGKILL)
+    # One that has just begun: one that is there may have told its end, and is killed in vain.
+    before, begun = set(processes.children(nursery)), set[int]()
+
+    def begins() -> bool:
+        begun.update(set(processes.children(nursery)) - before)
+        return bool(begun)
+
+    assert wait(begins, 10)
+    os.kill(nursery if victim == "nursery" else begun.pop(), signal.SIGKILL)
     out, _ = driver.communicate(timeout=300)
     assert driver.returncode == 0, out.decode()
     assert "killed" in [trial.data.tags["state"] for trial in runs(typist.store, "trial")]
