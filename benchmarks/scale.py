@@ -57,7 +57,7 @@ def synthesise(path: Path, n_letters: int, seed: int = 0) -> None:
         "test": np.sort(_balanced(n_test, rng)),
     }
     drawn = strokes.source("default", N_DRAWN).read().train
-    windows = _windows(drawn.images)
+    windows = _windows(np.concatenate([*drawn.chunks()]))
     rows = [np.flatnonzero(drawn.labels == label) for label in range(len(LETTERS))]
     with zipfile.ZipFile(path, "w") as archive:
         for part, some in labels.items():

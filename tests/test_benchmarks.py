@@ -161,7 +161,7 @@ def test_what_an_arm_finds_is_written_down_as_it_is_found(
     if model == "cnn":
         from pipeline.models import _keras
 
-        monkeypatch.setattr(_keras, "_predict", _keras._predict)  # an objective changes it
+        monkeypatch.setattr(_keras, "_answers", _keras._answers)  # an objective changes it
     options = data_options | {name: str(data_options[name]) for name in ("archive", "data_dir")}
     root = str(prep.ensure(**options).root)
     objective = arms.Objective(model, root, 0, True, "float32", str(tmp_path))
@@ -182,7 +182,7 @@ def test_epochs_of_a_checkpoint_are_done_again_but_not_counted(
 ) -> None:
     from pipeline.models import _keras
 
-    monkeypatch.setattr(_keras, "_predict", _keras._predict)  # an objective changes it
+    monkeypatch.setattr(_keras, "_answers", _keras._answers)  # an objective changes it
     options = data_options | {name: str(data_options[name]) for name in ("archive", "data_dir")}
     root = str(prep.ensure(**options).root)
     objective = arms.Objective("cnn", root, 0, True, "float32", str(tmp_path))

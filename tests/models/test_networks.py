@@ -232,8 +232,29 @@ def test_a_fit_builds_its_graph_once(average: float, monkeypatch: pytest.MonkeyP
         return step(net, data)
 
     monkeypatch.setattr(keras.Model, "train_step", counting)
-    fit(average=average, batch_size=30)  # no smaller batch, which is traced by itself
+    fit(average=average)
     assert n_traces == 1
+
+
+@pytest.mark.parametrize("model", ["cnn", "lstm"])
+def test_answers_are_those_of_keras_from_one_graph(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_keras, "PREDICT_BATCH", 7)
+    net = registry.load(models, model).build(params_of(model, {}))
+    graphs: list[Any] = []
+
+    def traced(letters: Any, training: bool) -> Any:
+        graphs.append(letters)
+        return net(letters, training=training)
+
+    traced.input_shape = net.input_shape  # type: ignore[attr-defined]
+    predict = _keras._answers(traced)
+    for n_letters in (1, 14, 19):  # one, whole batches, and some that are left
+        found = predict(LETTERS.images[:n_letters])
+        same = net.predict(LETTERS.images[:n_letters], batch_size=7, verbose=0)
+        np.testing.assert_array_equal(found, same)
+    assert len(graphs) == 1
 
 
 def test_averaged_weights_are_others() -> None:
