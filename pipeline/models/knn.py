@@ -37,24 +37,23 @@ PARAMS = {
     "n_components": Param(0, IntDistribution(0, 100, step=20)),  # of PCA; 0 keeps all features
     # 0 is no LDA; with LDA there is no PCA.
     "lda_shrinkage": Param(0.0, CategoricalDistribution((0.0, 0.001, 0.01, 0.1, 0.5))),
-    "kernel_components": Param(0, IntDistribution(0, 4000, step=1000)),  # 0: LDA of the features
+    "kernel_components": Param(0, IntDistribution(0, 6000, step=1000)),  # 0: LDA of the features
     "kernel_gamma": Param(0.5, CategoricalDistribution((0.25, 0.5, 1.0))),  # of unit vectors
 }
 # Tried right after the defaults: what is known to serve letters well.
-PRIORS = [
-    {
-        "n_neighbors": 0,
-        "weights": "best",
-        "deskew": True,
-        "spread": 6.0,
-        "blur": 0.25,
-        "features": "gradients",
-        "n_components": 0,
-        "lda_shrinkage": 0.001,
-        "kernel_components": 4000,
-        "kernel_gamma": 0.5,
-    },
-]
+_PRIOR = {
+    "n_neighbors": 0,
+    "weights": "best",
+    "deskew": True,
+    "spread": 6.0,
+    "blur": 0.25,
+    "features": "gradients",
+    "n_components": 0,
+    "lda_shrinkage": 0.001,
+    "kernel_components": 4000,
+    "kernel_gamma": 0.5,
+}
+PRIORS = [_PRIOR, _PRIOR | {"kernel_components": 6000}]
 FIXED = {"n_neighbors": 0, "weights": "best"}  # never searched: each fit finds the best
 PRELOAD = ("pipeline.models._neighbours",)  # imported once for all trials
 SOON = 50_000  # letters, up to which a fit is soon done, whatever its params
