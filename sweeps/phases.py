@@ -221,7 +221,8 @@ class Phases:
         def n_races(one: Outcome) -> int:
             n_steps = self._n_steps(one, grant)
             return sum(
-                other.user_attrs.get(SCREENED) == one.number and 2 * other.params[steps] > n_steps
+                other.user_attrs.get(SCREENED) == one.number
+                and (other.state == TrialState.FAIL or 2 * other.params[steps] > n_steps)
                 for other in raced
             )
 
@@ -261,9 +262,9 @@ class Phases:
         ]
 
     def _tried(self, phase: str, every_round: bool = False) -> list[Trial]:
-        """Those of ``_begun``, and those that failed by themselves: to try them again would too.
+        """Those of ``_begun``, and those that failed by themselves and would fail again.
 
-        So does one whose worker has died twice.
+        One whose worker has died twice is among these.
         """
         failures = {one.number: one.failure for one in self.outcomes if one.failure}
         hopeless = [

@@ -202,7 +202,7 @@ def _save_model(net: Any, path: str, **arguments: Any) -> None:
 
 
 def _answers(net: Any) -> Callable[[Images], Probabilities]:
-    """What a network answers to letters.
+    """What a network answers to letters: (n, 28, 28) uint8 in, (n, 26) float32 out.
 
     Keras's own ``predict`` traces the graph twice, for whole batches and for what is left of them:
     1 CPU-second more for an LSTM, of the 8 that a short fit takes.
