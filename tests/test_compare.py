@@ -13,13 +13,14 @@ import pandas as pd
 import pytest
 from pages import Reader
 from PIL import Image
-from steps import SWEEP, arguments, artifacts, runs, toy
+from steps import SWEEP, arguments, artifacts, left_until, runs, toy
 from stores import N_TRAIN, members, open_store
 
 from pipeline import compare, evaluate, models, prep, report
 from pipeline.spec import LETTERS, Dataset, UserError
 from sweeps import sweep
 from sweeps.budget import own_cpu_seconds
+from sweeps.engine import Engine
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,11 @@ def store_with_sweeps(
         add(models, "toy", toy().replace("quality * step / 5", "quality * step / 9"))
         for model in ("knn", "toy"):
             data = {"dataset": "emnist_letters", "archive": archive, "n_train": N_TRAIN}
-            minutes = (own_cpu_seconds() + 20) / 60
+            minutes = (own_cpu_seconds() + 240) / 60
             options = SWEEP | {"model": model, "cpu_minutes": minutes}
-            sweep.main(arguments(data | options | {"data_dir": folder / "data"}))
+            with pytest.MonkeyPatch.context() as bound:
+                bound.setattr(Engine, "left", left_until(8))
+                sweep.main(arguments(data | options | {"data_dir": folder / "data"}))
         yield folder
 
 
