@@ -68,9 +68,12 @@ def fit(
     val: Part,
     seed: int,
     report: Report,
+    build_training: Callable[[Params], keras.Model] | None = None,
 ) -> Fitted:
     """Train by the recipe in ``params``, the names of which are in ``_recipe.PARAMS``.
 
+    ``build`` makes the network that is logged. ``build_training``, where given, makes the one that
+    is trained instead: with the same weights, in layers that are cheaper to train.
     Forgets the process's earlier networks, and seeds every generator.
     """
     train = _some(train, params["n_letters"])
@@ -81,7 +84,7 @@ def fit(
         answering = build(params)
         keras.config.set_dtype_policy(params["dtype_policy"])
         try:
-            net = build(params)
+            net = (build_training or build)(params)
         finally:
             keras.config.set_dtype_policy("float32")
         n_batches = math.ceil(len(train.labels) / params["batch_size"])

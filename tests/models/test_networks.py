@@ -9,13 +9,15 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from optuna.distributions import CategoricalDistribution
 
 from pipeline import models, registry
-from pipeline.models import _distort, _keras, cnn
+from pipeline.models import _distort, _fused, _keras, cnn, lstm
 from pipeline.spec import Params, Part
 
 RNG = np.random.default_rng(0)
+FUSED = _fused.FusedLSTM
 IMAGES = np.zeros((60, 28, 28), np.uint8)
 IMAGES[:, 8:20, 10:18] = RNG.integers(100, 256, (60, 12, 8))
 LETTERS = Part(IMAGES, (np.arange(60) % 26).astype(np.uint8))
@@ -255,6 +257,76 @@ def test_answers_are_those_of_keras_from_one_graph(
         same = net.predict(LETTERS.images[:n_letters], batch_size=7, verbose=0)
         np.testing.assert_array_equal(found, same)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("sequences", [False, True])
+def test_a_fused_lstm_has_the_answers_and_gradients_of_keras(
+    sequences: bool, backwards: bool
+) -> None:
+    def read(kind: Any, weights: Any, seen: tf.Tensor) -> tuple[Any, list[Any]]:
+        layer = kind(5, return_sequences=sequences, go_backwards=backwards)
+        layer.build(seen.shape)
+        layer.set_weights(weights)
+        with tf.GradientTape() as tape:
+            tape.watch(seen)
+            answers = layer(seen)
+            loss = tf.reduce_sum(tf.sin(3 * answers))
+        gradients = tape.gradient(loss, [seen, *(one.value for one in layer.trainable_variables)])
+        return answers.numpy(), [one.numpy() for one in gradients]
+
+    seen = tf.constant(RNG.normal(size=(3, 4, 2)), tf.float32)
+    weights = [RNG.normal(size=shape) for shape in ((2, 20), (5, 20), (20,))]
+    answers, gradients = read(_fused.FusedLSTM, weights, seen)
+    same, same_gradients = read(keras.layers.LSTM, weights, seen)
+    np.testing.assert_allclose(answers, same, atol=1e-6)
+    for gradient, other in zip(gradients, same_gradients, strict=True):
+        np.testing.assert_allclose(gradient, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [{"mask": np.ones((3, 4), bool)}, {"initial_state": "both"}])
+def test_a_fused_lstm_refuses_what_it_cannot_do(given: dict[str, Any]) -> None:
+    if given.get("initial_state"):
+        given = {"initial_state": [np.zeros((3, 5), np.float32)] * 2}
+    with pytest.raises(ValueError, match="without a mask or an initial state"):
+        _fused.FusedLSTM(5)(np.zeros((3, 4, 2), np.float32), **given)
+
+
+@pytest.mark.parametrize(
+    ("reading", "policy", "rounded"),
+    [
+        ("rows", "float32", 1e-4),
+        ("rows_columns", "float32", 1e-4),
+        ("grid", "float32", 1e-4),
+        ("grid", "mixed_bfloat16", 0.1),
+    ],
+)
+def test_an_lstm_that_is_trained_fused_is_that_of_keras(
+    reading: str, policy: str, rounded: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"epochs": 4, "learning_rate": 0.02, "units": 32, "bidirectional": reading != "rows"}
+    params = params_of("lstm", few | {"reading": reading, "dtype_policy": policy})
+    second = np.arange(60) % 2
+    images = np.where(second[:, None, None], 255 - IMAGES, IMAGES)
+    letters = Part(images, second.astype(np.uint8))
+    kinds: list[set[type]] = []
+    fitting = keras.Model.fit
+
+    def noting(net: Any, *given: Any, **named: Any) -> Any:
+        layers = [getattr(layer, "forward_layer", layer) for layer in net.layers]
+        kinds.append({type(layer) for layer in layers if isinstance(layer, keras.layers.LSTM)})
+        return fitting(net, *given, **named)
+
+    def answers() -> Any:
+        return lstm.fit(params, letters, letters, 3, lambda step, value: False).predict(images)
+
+    monkeypatch.setattr(keras.Model, "fit", noting)
+    fused = answers()
+    assert (fused.argmax(axis=1) == second).all()
+    monkeypatch.setattr(_fused, "FusedLSTM", None)  # then Keras's layer
+    # Law: the same network comes of it, but for what bfloat16 rounds in Keras's layer.
+    np.testing.assert_allclose(fused, answers(), atol=rounded)
+    assert kinds == [{FUSED}, {keras.layers.LSTM}]
 
 
 def test_averaged_weights_are_others() -> None:
