@@ -382,6 +382,28 @@ def test_a_continued_study_screens_its_share_and_keeps_the_best_that_it_has(
         assert all(2 * one <= other for one, other in itertools.pairwise(places))
 
 
+def test_what_failed_in_a_race_does_not_race_again_for_longer(tmp_path: Path) -> None:
+    first = Driver(tmp_path, 300)
+
+    def first_of_the_race_fails(proposal: Proposal) -> dict[str, Any]:
+        return {"state": "failed"} if proposal == (first.of("race") or [None])[0] else {}
+
+    first.run(first_of_the_race_fails)
+    again = Driver(tmp_path, 2400)
+
+    def nothing_better(proposal: Proposal) -> dict[str, Any]:
+        return {"state": "pruned", "value": False} if proposal.phase == "screen" else {}
+
+    again.run(nothing_better)
+    failed, *raced = [
+        (one.trial.user_attrs["screened"], one.trial.params["epochs"])
+        for one in (*first.of("race"), *again.of("race"))
+    ]
+    # Law: not even for twice as many steps, as one that did not fail may.
+    assert max(epochs for _, epochs in raced) >= 2 * failed[1]
+    assert failed[0] not in {screened for screened, _ in raced}
+
+
 def test_a_racer_far_behind_at_half_of_its_schedule_is_stopped(tmp_path: Path) -> None:
     study = search.open_study("a", 0, tmp_path, "epochs")
 
