@@ -32,7 +32,7 @@ MARGIN = 0.9  # of a grant that is planned with: CPU-seconds vary with what else
 LENGTH = 3.0  # whole fits are sqrt(steps that the budget pays for) / LENGTH; the rest is theirs
 MAX_CONFIRMING = 2  # further seeds of the winner
 SPARE = 0.5  # of a whole fit's share, that is enough for another one
-FEWEST_STEPS = 2  # of a racing trial, if any of the screen can do so many
+FEWEST_STEPS = 3  # of a racing trial, if any of the screen can do so many
 # User attributes: the trial whose worker has died; the one of the screen that a race goes on with.
 RETRY_OF, SCREENED = "retry_of", "screened"
 N_SAFE = 2  # racing trials that keep the late hyperparameters of the screen
