@@ -5,6 +5,7 @@ undeclared ``-P name=value`` on as ``--name value``.
 """
 
 import argparse
+import gc
 import math
 import os
 import re
@@ -210,6 +211,9 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("stopped: the open runs are marked KILLED", file=sys.stderr)
         sys.exit(130)
+    finally:
+        # An interpreter that ends searches all that is loaded for garbage, more than once.
+        gc.freeze()
     sys.exit(0)
 
 
