@@ -1,5 +1,6 @@
 """What most tests share: a tracking store of their own, a tiny archive, members of one file."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from servers import Server
 from stores import N_TRAIN, AddMember, members, open_store
 
 from benchmarks import services
+
+# For sitecustomize.py, which is here.
+os.environ["PYTHONPATH"] = str(Path(__file__).parent)
 
 # The files of a minute of CPU and more, the dearest first.
 DEAR = (

@@ -369,7 +369,8 @@ promote.cli.run(promote.main)
 
 def _race(store: mlflow.MlflowClient, uri: str, data_dir: Path, names: list[str]) -> list[int]:
     """Exit codes of promotions that have all decided before the first of them moves."""
-    environment = os.environ | {"MLFLOW_TRACKING_URI": uri, "PYTHONPATH": str(ROOT)}
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    environment = os.environ | {"MLFLOW_TRACKING_URI": uri, "PYTHONPATH": path}
     racers = [
         subprocess.Popen(
             [sys.executable, "-c", RACER]

@@ -218,10 +218,11 @@ def test_runs_of_dead_processes_are_closed_by_the_next_step(store: mlflow.Mlflow
 @pytest.mark.parametrize("name", ["Default", "handwriting"])
 def test_processes_that_make_a_store_at_once_do_not_break_it(name: str, tmp_path: Path) -> None:
     code = "from pipeline import tracking\nwith tracking.start('prep') as run: run.name('x')"
+    tests = Path(__file__).parent
     environment = os.environ | {
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/new.db",
         "MLFLOW_EXPERIMENT_NAME": name,
-        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}",
     }
     command = [sys.executable, "-c", code]
     started = [
