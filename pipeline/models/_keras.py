@@ -208,7 +208,7 @@ def _answers(net: Any) -> Callable[[Images], Probabilities]:
     """What a network answers to letters: (n, 28, 28) uint8 in, (n, 26) float32 out.
 
     Keras's own ``predict`` traces the graph twice, for whole batches and for what is left of them:
-    1 CPU-second more for an LSTM, of the 8 that a short fit takes.
+    1 CPU-second more for an LSTM, of the 7 to 11 that its short fits take.
     """
     letters = tf.TensorSpec((None, *net.input_shape[1:]), tf.uint8)
     call = tf.function(partial(net, training=False), input_signature=[letters])

@@ -107,6 +107,10 @@ class Driver:
         while proposal := self.ask():
             self.end(proposal, **ends(proposal))
 
+    def first_racer_fails(self, proposal: Proposal) -> dict[str, Any]:
+        """What ``run`` takes."""
+        return {"state": "failed"} if proposal == (self.of("race") or [None])[0] else {}
+
     def of(self, phase: str) -> list[Proposal]:
         return [proposal for proposal in self.proposals if proposal.phase == phase]
 
@@ -268,10 +272,7 @@ def test_a_driver_that_dies_anywhere_is_followed_by_one_that_goes_on(tmp_path: P
 def test_a_share_of_a_trial_that_failed_goes_to_another(tmp_path: Path) -> None:
     driver = Driver(tmp_path, 1200)
 
-    def first_of_the_race_fails(proposal: Proposal) -> dict[str, Any]:
-        return {"state": "failed"} if proposal == (driver.of("race") or [None])[0] else {}
-
-    driver.run(first_of_the_race_fails)
+    driver.run(driver.first_racer_fails)
     planned = driver.study.user_attrs["shares of 1200"]
     assert len(driver.of("race")) == planned["n_racing"] + 1
     assert driver.phases.winner() is not None
@@ -408,11 +409,7 @@ def test_a_continued_study_screens_its_share_and_keeps_the_best_that_it_has(
 
 def test_what_failed_in_a_race_does_not_race_again_for_longer(tmp_path: Path) -> None:
     first = Driver(tmp_path, 300)
-
-    def first_of_the_race_fails(proposal: Proposal) -> dict[str, Any]:
-        return {"state": "failed"} if proposal == (first.of("race") or [None])[0] else {}
-
-    first.run(first_of_the_race_fails)
+    first.run(first.first_racer_fails)
     again = Driver(tmp_path, 2400)
 
     def nothing_better(proposal: Proposal) -> dict[str, Any]:
