@@ -15,10 +15,12 @@ part of the sweep is good for.
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
 import resource
+import struct
 import subprocess
 import sys
 import tempfile
@@ -286,6 +288,27 @@ def picture(means: pd.DataFrame) -> Figure:
     return figure
 
 
+def check_bytecode(names: Sequence[str]) -> None:
+    """Refuse packages whose bytecode is missing or older than their files.
+
+    So it is in an environment that was copied. Where Python may not write it anew either, each
+    process compiles all that it loads: 15 CPU-seconds with TensorFlow, which one tuner would pay
+    twice and another once.
+    """
+    for name in names:
+        source = Path(importlib.util.find_spec(name).origin)
+        compiled, found = Path(importlib.util.cache_from_source(source)), source.stat()
+        header = struct.pack(
+            "<4sIII", importlib.util.MAGIC_NUMBER, 0, int(found.st_mtime), found.st_size
+        )
+        if not compiled.exists() or compiled.read_bytes()[: len(header)] != header:
+            sys.exit(
+                f"error: the packages must have their bytecode, but that of {name} does not fit "
+                f"{source}: call `env -u PYTHONDONTWRITEBYTECODE {sys.executable} -m compileall "
+                f"-q {source.parents[1]}`"
+            )
+
+
 def rows_of(path: Path, processor: str) -> set[tuple[Any, ...]]:
     """The ``KEYS`` of the rows that were run on a processor; none where there is no file yet."""
     if not path.exists():
@@ -308,6 +331,7 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.models:
         registry.load(all_models, name)
+    check_bytecode(("mlflow", "optuna", "sklearn", "tensorflow"))
     data = prep.ensure(
         dataset="emnist_letters", archive=args.archive, n_train=40_000, data_dir="data"
     )

@@ -2,6 +2,7 @@ import argparse
 import itertools
 import json
 import os
+import py_compile
 import subprocess
 import sys
 import time
@@ -240,6 +241,22 @@ def test_our_sweep_is_an_arm_whose_steps_and_choice_are_told(
     assert 0 <= chosen["test"] <= 1
     assert [one["test"] for one in trials if not one["chosen"]] == [None]
     assert all(0 < one["fit"] < one["cpu"] for one in trials)
+
+
+def test_an_environment_without_bytecode_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "compiled_or_not" / "__init__.py"
+    package.parent.mkdir()
+    package.write_text("x = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit, match="must have their bytecode, but that of compiled_or_not"):
+        peers.check_bytecode(["compiled_or_not"])
+    py_compile.compile(str(package), invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
+    peers.check_bytecode(["compiled_or_not"])
+    os.utime(package, (0, 0))  # as in a copy
+    with pytest.raises(SystemExit, match="call `env -u PYTHONDONTWRITEBYTECODE .* -m compileall"):
+        peers.check_bytecode(["compiled_or_not"])
 
 
 def test_a_row_is_what_was_found_within_its_budget() -> None:
