@@ -318,7 +318,8 @@ def _value(space: Any, place: Any) -> Any:
 def ours(part: str, model: str, root: Path, seed: int, budget: float, whole: bool) -> None:
     """The project's sweep, ``part`` of which may be left out: one of ``OURS``.
 
-    Where all tuners are to have the same space it has no priors and nothing fixed.
+    Where all tuners are to have the same space it has no priors, and nothing fixed but a learning
+    rate that falls to 0.
     """
     from pipeline import prep
     from sweeps import phases, search, sweep
@@ -334,7 +335,9 @@ def ours(part: str, model: str, root: Path, seed: int, budget: float, whole: boo
     Referee.__call__ = noting  # type: ignore[method-assign]
     member: Any = registry.load(models, model)
     if not whole:
-        member.PRIORS, member.FIXED, member.LATE = [], {}, ()
+        # That a fit's schedule completes is how this search compares fits, and no prior.
+        completing = {"schedule": "cosine"} if "schedule" in member.PARAMS else {}
+        member.PRIORS, member.FIXED, member.LATE = [], completing, ()
     if part == "without_screen":  # the first prior, at once
         screened = search.screened
         search.screened = lambda member, place: screened(member, place + 1)

@@ -16,9 +16,9 @@ import pytest
 from steps import left_until
 
 from benchmarks import arms, peers, scale
-from pipeline import prep
+from pipeline import models, prep, registry
 from pipeline.models import cnn, knn
-from sweeps import processes
+from sweeps import processes, sweep
 from sweeps.budget import own_cpu_seconds
 from sweeps.engine import Engine
 from sweeps.trial import Referee
@@ -257,6 +257,22 @@ def test_an_environment_without_bytecode_is_refused(
     os.utime(package, (0, 0))  # as in a copy
     with pytest.raises(SystemExit, match="call `env -u PYTHONDONTWRITEBYTECODE .* -m compileall"):
         peers.check_bytecode(["compiled_or_not"])
+
+
+@pytest.mark.parametrize(("model", "fixed"), [("cnn", {"schedule": "cosine"}), ("knn", {})])
+def test_our_search_alone_has_no_priors_and_schedules_that_complete(
+    model: str, fixed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = registry.load(models, model)
+    for name in ("PRIORS", "FIXED", "LATE"):
+        monkeypatch.setattr(member, name, getattr(member, name, ()), raising=False)
+    monkeypatch.setattr(prep, "ensure", prep.ensure)
+    monkeypatch.setattr(Referee, "__call__", Referee.__call__)
+    given: list[str] = []
+    monkeypatch.setattr(sweep, "main", given.extend)
+    arms.ours("ours", model, tmp_path, 0, 300, whole=False)
+    assert given[given.index("--cpu_minutes") + 1] == "5.0"
+    assert (member.PRIORS, member.FIXED, member.LATE) == ([], fixed, ())
 
 
 def test_a_row_is_what_was_found_within_its_budget() -> None:
