@@ -33,8 +33,6 @@ LENGTH = 3.0  # whole fits are sqrt(steps that the budget pays for) / LENGTH; th
 MAX_CONFIRMING = 2  # further seeds of the winner
 SPARE = 0.5  # of a whole fit's share, that is enough for another one
 FEWEST_STEPS = 3  # of a racing trial, if any of the screen can do so many
-# Racers of a model without priors: who is best in a short fit may be so by what costs a long one.
-FEWEST_WITHOUT_PRIORS = 2
 # User attributes: the trial whose worker has died; the one of the screen that a race goes on with.
 RETRY_OF, SCREENED = "retry_of", "screened"
 N_SAFE = 2  # racing trials that keep the late hyperparameters of the screen
@@ -74,24 +72,16 @@ class Shares(NamedTuple):
     cpu_seconds: float
 
 
-def shares(left: float, step: float, extra: float, max_steps: int, fewest: int = 1) -> Shares:
+def shares(left: float, step: float, extra: float, max_steps: int) -> Shares:
     """Whole fits that ``left`` CPU-seconds pay for, where a step of a good one takes ``step``.
 
     Both grow with the square root of the budget: the number of fits, and their length. ``extra``
-    is what a fit costs beside its steps; more than ``max_steps`` steps serve no fit. ``fewest``
-    fits there are if each can have ``FEWEST_STEPS``.
+    is what a fit costs beside its steps; more than ``max_steps`` steps serve no fit.
     """
     n_steps = left / max(step, 1e-6)
     n_fits = max(1, round(math.sqrt(n_steps) / LENGTH), round(left / (max_steps * step + extra)))
-    if MARGIN * left / fewest >= FEWEST_STEPS * step + extra:
-        n_fits = max(n_fits, fewest)
     n_confirming = min(MAX_CONFIRMING, max(0, n_fits - 2))
     return Shares(n_fits - n_confirming, n_confirming, left / n_fits)
-
-
-def fewest(member: ModuleType) -> int:
-    """How many are to race at least."""
-    return 1 if getattr(member, "PRIORS", ()) else FEWEST_WITHOUT_PRIORS
 
 
 def max_steps(member: ModuleType) -> int:
@@ -307,8 +297,7 @@ class Phases:
         if key not in self.study.user_attrs:
             # By what would be best with half of it: how many share it is not known yet.
             best = (self._promising(screened, left / 2) or screened)[0]
-            step, extra = self._costs(best)
-            found = shares(left, step, extra, max_steps(self.member), fewest(self.member))
+            found = shares(left, *self._costs(best), max_steps(self.member))
             self.study.set_user_attr(key, found._asdict())
         return Shares(**self.study.user_attrs[key])
 

@@ -18,7 +18,7 @@ from sweeps import search
 from sweeps.budget import GRANT_SHARE, RESERVE_CPU_SECONDS, own_cpu_seconds
 from sweeps.engine import Task, preload
 from sweeps.nursery import Message, Nursery
-from sweeps.phases import MARGIN, SCREEN_SHARE, Growth, fewest, growth, max_steps, shares
+from sweeps.phases import MARGIN, SCREEN_SHARE, Growth, growth, max_steps, shares
 from sweeps.trial import prepare as prepare  # the nursery calls it
 
 PLAN_CPU_SECONDS = 20.0  # all that a plan may spend, start-up included
@@ -152,7 +152,7 @@ def plan(task: Task, cpu_seconds: float, prepared: float) -> str:
     ]
     member = registry.load(models, task.model)
     if hasattr(member, "STEPS"):
-        rows += _phased(timed, cpu_seconds, left, growth(member, task.data), fewest(member))
+        rows += _phased(timed, cpu_seconds, left, growth(member, task.data))
     else:
         rows += _halved(timed, grant, left)
     spent = own_cpu_seconds() - prepared
@@ -167,14 +167,14 @@ def plan(task: Task, cpu_seconds: float, prepared: float) -> str:
 
 
 def _phased(
-    timed: Sequence[Timed], cpu_seconds: float, left: float, growth: Growth, n_racers: int
+    timed: Sequence[Timed], cpu_seconds: float, left: float, growth: Growth
 ) -> list[list[object]]:
     """Rows of the phases: a screen by short fits, then whole fits of the median."""
     costs = [one.extra + one.step / growth.cost for one in timed]
     n_screened = max(1, math.ceil(min(left, SCREEN_SHARE * cpu_seconds) / mean(costs)))
     left -= n_screened * mean(costs)
     good = sorted(timed, key=lambda one: one.later)[len(timed) // 2]
-    plan = shares(max(left, 0.0), good.later, good.extra, good.n_steps, n_racers)
+    plan = shares(max(left, 0.0), good.later, good.extra, good.n_steps)
     n_steps = good.n_affordable(MARGIN * plan.cpu_seconds)
     rows: list[list[object]] = [
         ["screen, the deck's model first", f"about {n_screened}", "short", _range(costs)]

@@ -219,25 +219,8 @@ def test_a_small_budget_has_one_whole_fit_and_a_large_one_more_and_longer() -> N
     assert lengths == sorted(lengths)
     for plan, left in zip(plans, (200, 900, 3000), strict=True):
         assert (plan.n_racing + plan.n_confirming) * plan.cpu_seconds == pytest.approx(left)
-    # Without priors two race where each can do three steps.
-    wanted = {left: shares(left, 25.0, 3.0, 30, fewest=2) for left in (150, 200, 3000)}
-    assert [plan.n_racing for plan in wanted.values()] == [1, 2, 2]
-    assert wanted[200].cpu_seconds == 100
     # Law: no fit gets more than the steps that it may do, however large the budget.
     assert shares(100_000, 1.0, 3.0, 30).cpu_seconds <= 1.1 * (30 + 3)
-
-
-@pytest.mark.parametrize(("priors", "n_racing"), [([PRIOR], 1), ([], 2)])
-def test_without_priors_no_short_fit_alone_decides(
-    priors: list[Params], n_racing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(MODEL, "PRIORS", priors)
-    driver = Driver(tmp_path, 90)
-    driver.run()
-    assert driver.study.user_attrs["shares of 90"]["n_racing"] == n_racing
-    raced = [proposal.trial.user_attrs[phases.SCREENED] for proposal in driver.of("race")]
-    assert len(set(raced)) == len(raced) >= n_racing
-    assert min(proposal.trial.params["epochs"] for proposal in driver.of("race")) >= 3
 
 
 def test_later_racers_search_what_a_step_does_not_tell(
