@@ -292,8 +292,8 @@ def check_bytecode(names: Sequence[str]) -> None:
     """Refuse packages whose bytecode is missing or older than their files.
 
     So it is in an environment that was copied. Where Python may not write it anew either, each
-    process compiles all that it loads: 15 CPU-seconds with TensorFlow, which one tuner would pay
-    twice and another once.
+    process compiles all that it loads: some 20 CPU-seconds with TensorFlow, and who has more
+    processes pays more often.
     """
     for name in names:
         source = Path(importlib.util.find_spec(name).origin)
