@@ -2,16 +2,16 @@
 
     python -m benchmarks.peers --archive letters-emnist-layout.zip --models cnn --budgets 300
 
-Two comparisons: ``search`` (all have the project's space and its train function, and our sweep has
-no priors) and ``whole`` (each tuner as its documentation shows it on the deck's network, and our
-sweep as it is). Every arm is a process of its own on one worker. A watchdog adds up CPU-seconds, of
-it and of all its children, imports included, and kills it at the budget; its result is what had the
-best accuracy on ``val`` by then, after any epoch of any of its fits. A tuner that does not know its
-budget runs once, to the largest, and is looked at at each. Rows that are in ``results/peers.csv``
-already are not run again, but for those of another processor: a CPU-second is worth another amount
-of work there, and so no mean and no picture mixes them. The tuners' packages are in
-``benchmarks/requirements.txt``. ``--arms`` with those of ``arms.OURS`` in ``whole`` shows what each
-part of the sweep is good for.
+Two comparisons: ``search`` (all have the project's space and its train function; our sweep has no
+priors, but its learning rates fall to 0, where the others choose) and ``whole`` (each tuner as its
+documentation shows it on the deck's network, and our sweep as it is). Every arm is a process of its
+own on one worker. A watchdog adds up CPU-seconds, of it and of all its children, imports included,
+and kills it at the budget; its result is what had the best accuracy on ``val`` by then, after any
+epoch of any of its fits. A tuner that does not know its budget runs once, to the largest, and is
+looked at at each. Rows that are in ``results/peers.csv`` already are not run again, but for those
+of another processor: a CPU-second is worth another amount of work there, and so no mean and no
+picture mixes them. The tuners' packages are in ``benchmarks/requirements.txt``. ``--arms`` with
+those of ``arms.OURS`` in ``whole`` shows what each part of the sweep is good for.
 """
 
 import argparse

@@ -12,6 +12,8 @@ import mlflow
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# The PYTHONPATH of processes that are to find the project, wherever they run, and what is here.
+CODE = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 AddMember = Callable[[ModuleType, str, str], None]
 # What a shell may have set, and a test has not.
 SETTINGS = (
@@ -37,7 +39,7 @@ def members(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[AddMember]:
         patch.setattr(package, "__path__", [*package.__path__, str(home)])
         # The processes that a sweep starts find it by tests/toys.py.
         patch.setenv("TOY_MODELS", str(home))
-        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        patch.setenv("PYTHONPATH", CODE)
         added.append(f"{package.__name__}.{name}")
 
     yield add

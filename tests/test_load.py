@@ -1,12 +1,11 @@
 """Two sweeps at once at one real server, and what the benchmark of load makes of them."""
 
-import os
 from pathlib import Path
 
 import mlflow
 import pytest
 from servers import Server
-from stores import ROOT
+from stores import CODE
 
 from benchmarks import load
 from pipeline import models
@@ -21,7 +20,7 @@ def test_no_run_is_lost_or_doubled_and_a_benchmark_would_see_it(
     monkeypatch.setattr(models, "__path__", list(models.__path__))  # the benchmark adds to it
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", load.EXPERIMENT)
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    monkeypatch.setenv("PYTHONPATH", CODE)
     assert server.process is not None
     pids = {"server": server.process.pid}
     table, faults = load.load(pids, N_SWEEPS, N_TRIALS, tmp_path, n_alone=2)

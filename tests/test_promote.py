@@ -16,7 +16,7 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from scipy.stats import binomtest
 from servers import Server
 from steps import arguments, artifacts, runs
-from stores import N_TRAIN, open_store
+from stores import CODE, N_TRAIN, open_store
 
 from pipeline import champion, promote, tracking, verdict
 from pipeline.models import knn
@@ -25,7 +25,6 @@ from pipeline.spec import Dataset, Part, Refused, UserError
 from pipeline.verdict import Limits
 from sweeps import main
 
-ROOT = Path(__file__).parent.parent
 DEFAULTS = {
     "run_id": "best",
     "max_latency_us": "none",
@@ -369,8 +368,7 @@ promote.cli.run(promote.main)
 
 def _race(store: mlflow.MlflowClient, uri: str, data_dir: Path, names: list[str]) -> list[int]:
     """Exit codes of promotions that have all decided before the first of them moves."""
-    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    environment = os.environ | {"MLFLOW_TRACKING_URI": uri, "PYTHONPATH": path}
+    environment = os.environ | {"MLFLOW_TRACKING_URI": uri, "PYTHONPATH": CODE}
     racers = [
         subprocess.Popen(
             [sys.executable, "-c", RACER]

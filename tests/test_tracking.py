@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow.store.tracking import sqlalchemy_store
+from stores import CODE
 
 from pipeline import tracking, views
 from pipeline.spec import Dataset, UserError
@@ -218,11 +219,10 @@ def test_runs_of_dead_processes_are_closed_by_the_next_step(store: mlflow.Mlflow
 @pytest.mark.parametrize("name", ["Default", "handwriting"])
 def test_processes_that_make_a_store_at_once_do_not_break_it(name: str, tmp_path: Path) -> None:
     code = "from pipeline import tracking\nwith tracking.start('prep') as run: run.name('x')"
-    tests = Path(__file__).parent
     environment = os.environ | {
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/new.db",
         "MLFLOW_EXPERIMENT_NAME": name,
-        "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}",
+        "PYTHONPATH": CODE,
     }
     command = [sys.executable, "-c", code]
     started = [
