@@ -20,7 +20,7 @@ import keras  # noqa: E402
 import mlflow.keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from pipeline.models import _distort  # noqa: E402
+from pipeline.models import _distort, _fused  # noqa: E402
 
 PREDICT_BATCH = 512  # letters; larger gains nothing on a CPU
 WHOLE_EPOCHS = 10  # from so many on letters are distorted with full strength
@@ -33,8 +33,8 @@ WARM_UP = 0.1  # share of the schedule in which the learning rate rises
 class _Reporter(keras.callbacks.Callback):  # type: ignore[misc]
     """Passes the validation accuracy of every epoch on, and stops where ``report`` says so.
 
-    It is that of ``answering``, a network in float32 that has the trained one's weights: what is
-    logged in the end. ``predict`` gives its answers.
+    It is that of ``answering``, a network in float32 that has the trained one's weights, as the one
+    that is logged has. ``predict`` gives its answers.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ def fit(
     val: Part,
     seed: int,
     report: Report,
-    build_training: Callable[[Params], keras.Model] | None = None,
+    build_fused: Callable[[Params], keras.Model] | None = None,
 ) -> Fitted:
     """Train by the recipe in ``params``, the names of which are in ``_recipe.PARAMS``.
 
-    ``build`` makes the network that is logged. ``build_training``, where given, makes the one that
-    is trained instead: with the same weights, in layers that are cheaper to train.
+    ``build`` makes the network that is logged. ``build_fused``, where given, makes those that are
+    trained and that answer here: with the same weights and answers, in layers that cost less.
     Forgets the process's earlier networks, and seeds every generator.
     """
     train = _some(train, params["n_letters"])
@@ -81,10 +81,11 @@ def fit(
         tracing.enter_context(charge("tracing"))  # until the first batch is through
         keras.utils.clear_session()
         keras.utils.set_random_seed(seed)
-        answering = build(params)
+        build_here = build_fused or build
+        answering = build_here(params)
         keras.config.set_dtype_policy(params["dtype_policy"])
         try:
-            net = (build_training or build)(params)
+            net = build_here(params)
         finally:
             keras.config.set_dtype_policy("float32")
         n_batches = math.ceil(len(train.labels) / params["batch_size"])
@@ -110,7 +111,7 @@ def fit(
         )
     return Fitted(
         predict=predict,
-        save_model=partial(_save_model, answering),
+        save_model=partial(_save_model, answering, partial(build, params) if build_fused else None),
         requirements=("tensorflow", "keras", "numpy"),
         n_steps=params["epochs"],
     )
@@ -134,11 +135,13 @@ def _optimizer(params: Params, n_batches: int) -> keras.optimizers.Optimizer:
             rate / 10, n_batches - warm_up, warmup_target=rate, warmup_steps=warm_up
         )
     average = params["average"]
-    optimizer = keras.optimizers.AdamW(
-        rate, weight_decay=params["weight_decay"], use_ema=average > 0, ema_momentum=average or 0.99
+    return _fused.FusedAdamW(
+        rate,
+        params["weight_decay"],
+        undecayed=("bias", "beta", "gamma"),
+        use_ema=average > 0,
+        ema_momentum=average or 0.99,
     )
-    optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
-    return optimizer
 
 
 def _batches(train: Part, params: Params, seed: int) -> tf.data.Dataset:
@@ -199,7 +202,13 @@ def _charge_first_call(net: Any, name: str, charged: AbstractContextManager[Any]
     setattr(net, name, first)
 
 
-def _save_model(net: Any, path: str, **arguments: Any) -> None:
+def _save_model(
+    net: Any, build: Callable[[], keras.Model] | None, path: str, **arguments: Any
+) -> None:
+    """As an MLflow flavour's ``save_model``: a network, or its weights in what ``build`` makes."""
+    if build:
+        weights, net = net.get_weights(), build()
+        net.set_weights(weights)
     Path(path).mkdir()  # else mlflow.keras has no folder yet to write the input example to
     mlflow.keras.save_model(net, path, **arguments)
 

@@ -117,4 +117,4 @@ def fit(params: Params, train: Part, val: Part, seed: int, report: Report) -> Fi
     from pipeline.models import _fused, _keras
 
     fused = partial(build, lstm=_fused.FusedLSTM)
-    return _keras.fit(build, params, train, val, seed, report, build_training=fused)
+    return _keras.fit(build, params, train, val, seed, report, build_fused=fused)

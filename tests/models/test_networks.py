@@ -329,6 +329,28 @@ def test_an_lstm_that_is_trained_fused_is_that_of_keras(
     assert kinds == [{FUSED}, {keras.layers.LSTM}]
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("rate", [0.1, keras.optimizers.schedules.CosineDecay(0.1, 20)])
+def test_fused_adamw_does_to_a_network_what_that_of_keras_does(rate: Any, decay: float) -> None:
+    def trained(optimizer: keras.optimizers.Optimizer) -> Any:
+        keras.utils.set_random_seed(0)
+        # The norm first: a bias before it would have no gradient, and Adam scales noise up.
+        hidden = keras.layers.Dense(7, activation="tanh")
+        net = keras.Sequential([keras.layers.BatchNormalization(), hidden, keras.layers.Dense(1)])
+        net.compile(optimizer, "mse")
+        for _ in range(20):
+            net.train_on_batch(seen, wanted)
+        return net.get_weights()
+
+    seen, wanted = RNG.normal(size=(50, 3)), RNG.normal(size=(50, 1))
+    kept = ["bias", "gamma"]
+    keras_s = keras.optimizers.AdamW(rate, weight_decay=decay)
+    keras_s.exclude_from_weight_decay(var_names=kept)
+    found, wanted_weights = trained(_fused.FusedAdamW(rate, decay, kept)), trained(keras_s)
+    for weights, others in zip(found, wanted_weights, strict=True):
+        np.testing.assert_allclose(weights, others, atol=1e-4)
+
+
 def test_averaged_weights_are_others() -> None:
     assert (fit(average=0.99)[1] != fit()[1]).any()
 
