@@ -30,7 +30,7 @@ FLOOR, DECLINE = 0.3, 0.65
 VALIDATION = 0.5  # what a letter of val costs in an epoch, by one that is trained on
 MARGIN = 0.9  # of a grant that is planned with: CPU-seconds vary with what else runs
 LENGTH = 3.0  # whole fits are sqrt(steps that the budget pays for) / LENGTH; the rest is theirs
-MAX_CONFIRMING = 2  # further seeds of the winner
+N_CONFIRMING = 2  # further seeds of the winner, or none: two fits tell no spread
 SPARE = 0.5  # of a whole fit's share, that is enough for another one
 FEWEST_STEPS = 3  # of a racing trial, if any of the screen can do so many
 # User attributes: the trial whose worker has died; the one of the screen that a race goes on with.
@@ -80,7 +80,7 @@ def shares(left: float, step: float, extra: float, max_steps: int) -> Shares:
     """
     n_steps = left / max(step, 1e-6)
     n_fits = max(1, round(math.sqrt(n_steps) / LENGTH), round(left / (max_steps * step + extra)))
-    n_confirming = min(MAX_CONFIRMING, max(0, n_fits - 2))
+    n_confirming = N_CONFIRMING if n_fits > N_CONFIRMING else 0
     return Shares(n_fits - n_confirming, n_confirming, left / n_fits)
 
 
@@ -168,7 +168,7 @@ class Phases:
         winner = self.winner()
         if winner and plan.n_confirming and left >= MARGIN * winner.cpu_seconds:
             params, seeds = self._params(winner.number), self._seeds(winner)
-            if len(seeds) <= MAX_CONFIRMING:
+            if len(seeds) <= N_CONFIRMING:
                 others = (seed % 2**32 for seed in itertools.count(self.seed + 1))
                 seed = next(seed for seed in others if seed not in seeds)
                 return self._propose(params, "confirm", seed, grant)

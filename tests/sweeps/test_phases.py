@@ -213,11 +213,14 @@ def test_a_step_on_all_letters_is_dearer_than_one_of_the_screen(
 
 
 def test_a_small_budget_has_one_whole_fit_and_a_large_one_more_and_longer() -> None:
-    plans = [shares(left, 25.0, 3.0, 30) for left in (200, 900, 3000)]
-    assert [(plan.n_racing, plan.n_confirming) for plan in plans] == [(1, 0), (2, 0), (2, 2)]
+    budgets = (200, 900, 1800, 3000)
+    plans = [shares(left, 25.0, 3.0, 30) for left in budgets]
+    found = [(plan.n_racing, plan.n_confirming) for plan in plans]
+    # Law: a winner has three seeds or one; two tell no spread.
+    assert found == [(1, 0), (2, 0), (1, 2), (2, 2)]
     lengths = [plan.cpu_seconds for plan in plans]
     assert lengths == sorted(lengths)
-    for plan, left in zip(plans, (200, 900, 3000), strict=True):
+    for plan, left in zip(plans, budgets, strict=True):
         assert (plan.n_racing + plan.n_confirming) * plan.cpu_seconds == pytest.approx(left)
     # Law: no fit gets more than the steps that it may do, however large the budget.
     assert shares(100_000, 1.0, 3.0, 30).cpu_seconds <= 1.1 * (30 + 3)
@@ -351,7 +354,9 @@ def test_more_budget_for_a_study_screens_and_races_again(tmp_path: Path) -> None
     again = Driver(tmp_path, 900)
     again.run()
     assert again.of("screen")
-    assert len(again.of("race")) >= len(driver.of("race"))
+    assert again.of("race")
+    whole = [len(one.of("race")) + len(one.of("confirm")) for one in (driver, again)]
+    assert whole[0] <= whole[1]
     # Law: the defaults and the priors were screened once.
     screened = [proposal.trial.params for proposal in (*driver.of("screen"), *again.of("screen"))]
     assert sum(params["width"] == 2 and params["rate"] == 0.1 for params in screened) == 1
