@@ -27,6 +27,9 @@ PLAIN = {
     "lstm": ("units", "bidirectional", "dense_units", "dropout", "learning_rate", "batch_size"),
     "knn": ("n_neighbors", "weights", "deskew", "blur", "n_components"),
 }
+# What our sweep never searches, for how it works and not for what is known of letters: it compares
+# fits by schedules that complete, and each fit finds the best of these two for nothing.
+METHOD = ("schedule", "n_neighbors", "weights")
 Report = Callable[[int, float], bool]
 # The project's sweep, and what it is without one of its parts.
 OURS = ("ours", "without_screen", "without_bfloat16", "without_phases")
@@ -318,8 +321,7 @@ def _value(space: Any, place: Any) -> Any:
 def ours(part: str, model: str, root: Path, seed: int, budget: float, whole: bool) -> None:
     """The project's sweep, ``part`` of which may be left out: one of ``OURS``.
 
-    Where all tuners are to have the same space it has no priors, and nothing fixed but a learning
-    rate that falls to 0.
+    Where all tuners are to have the same space it has no priors, and nothing fixed but ``METHOD``.
     """
     from pipeline import prep
     from sweeps import phases, search, sweep
@@ -335,9 +337,8 @@ def ours(part: str, model: str, root: Path, seed: int, budget: float, whole: boo
     Referee.__call__ = noting  # type: ignore[method-assign]
     member: Any = registry.load(models, model)
     if not whole:
-        # That a fit's schedule completes is how this search compares fits, and no prior.
-        completing = {"schedule": "cosine"} if "schedule" in member.PARAMS else {}
-        member.PRIORS, member.FIXED, member.LATE = [], completing, ()
+        fixed = {name: member.FIXED[name] for name in METHOD if name in member.FIXED}
+        member.PRIORS, member.FIXED, member.LATE = [], fixed, ()
     if part == "without_screen":  # the first prior, at once
         screened = search.screened
         search.screened = lambda member, place: screened(member, place + 1)

@@ -3,7 +3,7 @@
     python -m benchmarks.peers --archive letters-emnist-layout.zip --models cnn --budgets 300
 
 Two comparisons: ``search`` (all have the project's space and its train function; our sweep has no
-priors, but its learning rates fall to 0, where the others choose) and ``whole`` (each tuner as its
+priors, but does not search ``arms.METHOD``, as the others do) and ``whole`` (each tuner as its
 documentation shows it on the deck's network, and our sweep as it is). Every arm is a process of its
 own on one worker. A watchdog adds up CPU-seconds, of it and of all its children, imports included,
 and kills it at the budget; its result is what had the best accuracy on ``val`` by then, after any

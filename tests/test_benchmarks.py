@@ -259,9 +259,16 @@ def test_an_environment_without_bytecode_is_refused(
         peers.check_bytecode(["compiled_or_not"])
 
 
-@pytest.mark.parametrize(("model", "fixed"), [("cnn", {"schedule": "cosine"}), ("knn", {})])
-def test_our_search_alone_has_no_priors_and_schedules_that_complete(
-    model: str, fixed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("model", "fixed"),
+    [
+        ("cnn", {"schedule": "cosine"}),
+        ("lstm", {"schedule": "cosine"}),
+        ("knn", {"n_neighbors": 0, "weights": "best"}),
+    ],
+)
+def test_our_search_alone_has_no_priors_and_its_method(
+    model: str, fixed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member = registry.load(models, model)
     for name in ("PRIORS", "FIXED", "LATE"):
