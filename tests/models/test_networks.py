@@ -1,5 +1,6 @@
 """Laws of the networks: what they are built of, how letters are distorted, how they are trained."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -355,7 +356,18 @@ def test_averaged_weights_are_others() -> None:
     assert (fit(average=0.99)[1] != fit()[1]).any()
 
 
-def test_loading_the_networks_says_nothing() -> None:
-    command = [sys.executable, "-c", "from pipeline.models import _keras"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout + done.stderr == ""
+@pytest.mark.parametrize(("given", "onednn"), [({}, "1"), ({"TF_ENABLE_ONEDNN_OPTS": "0"}, "0")])
+def test_loading_the_networks_says_nothing_and_uses_onednn_unless_told_not_to(
+    given: dict[str, str], onednn: str
+) -> None:
+    # Asked of TensorFlow itself: it reads the variable once, while it is loaded.
+    code = (
+        "from pipeline.models import _keras\n"
+        "from tensorflow.python.framework import test_util\n"
+        "print(int(test_util.IsMklEnabled()))"
+    )
+    kept = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=kept | given, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == (f"{onednn}\n", "")
