@@ -288,6 +288,9 @@ class Cluster:
             yield self._lose(trial, f"its worker {attempt.worker} died", UNSEEN_CPU_SECONDS)
         elif attempt.told and silent > SILENCE_SECONDS:
             why = f"its worker {attempt.worker} was silent for {silent:.0f} s"
+            # Else the scheduler, who takes minutes to miss it, may give it the next trial. It is
+            # asked anew, and good again once it answers.
+            self.good.discard(attempt.worker)
             yield self._lose(trial, why, SILENT_CPU_SECONDS)
         elif attempt.future.done() and silent > SILENCE_SECONDS:
             yield self._lose(trial, "its task ended without a word", UNSEEN_CPU_SECONDS)
