@@ -314,8 +314,9 @@ def _place(space: Any, value: Any) -> Any:
 
 
 def _value(space: Any, place: Any) -> Any:
-    """The value at a place, as ``_place`` has it."""
-    return space.low + place * space.step if getattr(space, "step", None) else place
+    """The value at a place, as ``_place`` has it; FLAML's numbers are NumPy's, a fit's Python's."""
+    value = space.low + place * space.step if getattr(space, "step", None) else place
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def ours(part: str, model: str, root: Path, seed: int, budget: float, whole: bool) -> None:

@@ -335,6 +335,15 @@ def test_each_place_of_a_space_with_steps_is_another_value_of_it() -> None:
                 assert (values[0], values[-1]) == (space.low, space.high)
 
 
+def test_numbers_of_another_tuner_come_as_those_of_python() -> None:
+    """A network's graph knows no others."""
+    space = cnn.PARAMS
+    drawn = {"filters": np.int64(1), "weight_decay": np.float64(0.1), "separable": True}
+    values = {name: arms._value(space[name].distribution, it) for name, it in drawn.items()}
+    assert values == {"filters": 32, "weight_decay": 0.1, "separable": True}
+    assert [type(value) for value in values.values()] == [int, float, bool]
+
+
 def test_a_table_has_a_row_for_each_arm_the_best_first() -> None:
     rows = pd.DataFrame(
         [
