@@ -1,5 +1,6 @@
-"""What this process has spent its CPU-seconds on, by cause."""
+"""What this process has spent its CPU-seconds on, by cause, and what it may spend."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,10 +28,19 @@ class Meter:
         self._seconds: dict[str, float] = {}
         self._open = ["import"]  # until the process has loaded what it starts with
         self._booked = 0.0  # process time up to which all is booked
+        self._until = math.inf
 
-    def restart(self) -> None:
-        """Begin at nothing: in a fork, whose process time begins at nothing too."""
+    def restart(self, until: float = math.inf) -> None:
+        """Begin at nothing: in a fork, whose process time begins at nothing too.
+
+        A fit must end before ``until`` CPU-seconds.
+        """
         self._seconds, self._open, self._booked = {}, [], time.process_time()
+        self._until = until
+
+    def left(self) -> float:
+        """CPU-seconds that a fit may still take; without end where nothing limits it."""
+        return self._until - time.process_time()
 
     def loaded(self) -> None:
         """What was spent up to here was spent on imports."""

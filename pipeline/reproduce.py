@@ -17,7 +17,7 @@ from mlflow.entities import Run as RunEntity
 
 from pipeline import cli, environment, evaluate, tracking
 from pipeline.checkout import checkout, step_of
-from pipeline.spec import UserError
+from pipeline.spec import LAST_EPOCH, UserError
 
 OPTIONS: dict[str, cli.Convert] = {"run_id": cli.text, "archive": cli.text, "data_dir": cli.text}
 RECORDED = "recorded"  # the archive that the run was given
@@ -134,10 +134,12 @@ def letters(client: mlflow.MlflowClient, source: RunEntity, archive: str) -> dic
 def hyperparameters(source: RunEntity) -> dict[str, str]:
     """A run's hyperparameters, model and seed, as ``train`` takes them.
 
-    What was left to the fit is left to it again.
+    What was left to the fit is left to it again, but for where its grant has shortened it.
     """
     params = source.data.params
-    return {name: value for name, value in params.items() if not name.startswith("found_")}
+    left = {name: value for name, value in params.items() if not name.startswith("found_")}
+    ends = params.get(f"found_{LAST_EPOCH}")
+    return left | ({LAST_EPOCH: ends} if ends else {})
 
 
 def check_digest(source: RunEntity, made: RunEntity, archive: str) -> None:

@@ -250,7 +250,8 @@ class Engine:
         # Should this driver die while the run is made, the trial has spent nothing.
         self.ledger.beat(self.own(), {number: 0.0})
         child = self._create(number)
-        self.live[number] = _Live(child, Referee(trial, grant, self.logging()), grant)
+        referee = Referee(trial, grant, self.logging())
+        self.live[number] = _Live(child, referee, grant)
         again = trial.user_attrs.get(RETRY_OF)
         tags = {} if again is None else {RETRY_OF: again}
         child.write(params=self._params(trial), tags={"phase": proposal.phase} | tags)
@@ -260,6 +261,7 @@ class Engine:
             "params": trial.params,
             "root": str(self.task.data.root),
             "seed": proposal.seed,
+            "until": referee.steps_end,
             "run_id": child.id,
             "experiment_id": child.experiment_id,
             "tracking_uri": mlflow.get_tracking_uri(),

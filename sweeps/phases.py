@@ -17,7 +17,7 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from pipeline.spec import Dataset, Params
+from pipeline.spec import LAST_EPOCH, Dataset, Params
 from sweeps import search
 from sweeps.budget import GRANT_SHARE
 from sweeps.trial import Outcome
@@ -28,7 +28,9 @@ DEAR = 4  # times the median of what was screened so far: more is not spent on o
 # times as many letters: what the priors of CNN and LSTM do on 40,000 letters, within a fifth.
 FLOOR, DECLINE = 0.3, 0.65
 VALIDATION = 0.5  # what a letter of val costs in an epoch, by one that is trained on
-MARGIN = 0.9  # of a grant that is planned with: CPU-seconds vary with what else runs
+# Of a grant, that is planned with where a fit does not shorten itself: what a step takes in
+# CPU-seconds varies with what else runs.
+MARGIN = 0.9
 LENGTH = 3.0  # whole fits are sqrt(steps that the budget pays for) / LENGTH; the rest is theirs
 N_CONFIRMING = 2  # further seeds of the winner, or none: two fits tell no spread
 SPARE = 0.5  # of a whole fit's share, that is enough for another one
@@ -187,7 +189,8 @@ class Phases:
     def _n_steps(self, screened: Outcome, grant: float) -> int:
         """Steps of a whole fit that a grant pays for, of what was screened."""
         step, extra = self._costs(screened)
-        return min(math.floor((MARGIN * grant - extra) / step), max_steps(self.member))
+        grant *= 1.0 if LAST_EPOCH in self.member.PARAMS else MARGIN
+        return min(math.floor((grant - extra) / step), max_steps(self.member))
 
     def _costs(self, screened: Outcome) -> tuple[float, float]:
         """CPU-seconds of a whole fit's step, and beside its steps, from a short fit."""

@@ -1,5 +1,6 @@
 """One trial: one set of hyperparameters, one fit in a process of its own, one child run."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -103,7 +104,7 @@ def body(spec: Message, call: Callable[[Message], Message]) -> Message:
 
     Or, for a ``probe``, what bfloat16 gains here.
     """
-    METER.restart()
+    METER.restart(spec.get("until", math.inf))
     if spec.get("probe"):
         return {"gain": precision.gain()}
 

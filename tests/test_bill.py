@@ -41,6 +41,16 @@ def test_a_charge_ends_where_an_error_leaves_it() -> None:
     assert meter.seconds() == before
 
 
+def test_what_is_left_is_told_in_the_process_s_own_clock() -> None:
+    meter = Meter()
+    meter.restart()
+    assert meter.left() == float("inf")
+    meter.restart(until=time.process_time() + 5)
+    before = meter.left()
+    _burn(0.02)
+    assert meter.left() < before - 0.01 < 5
+
+
 def test_all_before_a_process_is_loaded_is_import() -> None:
     meter = Meter()
     meter.loaded()

@@ -275,6 +275,10 @@ def test_what_a_fit_has_found_is_left_to_it_again(desk: Desk) -> None:
     found = desk.like(source, params={"found_n_neighbors": 7})
     params = reproduce.hyperparameters(desk.store.get_run(found))
     assert params == source.data.params
+    # But for how far its CPU-seconds have let it come: another machine's are not the same.
+    found = desk.like(source, params={"last_epoch": 0, "found_last_epoch": 7})
+    params = reproduce.hyperparameters(desk.store.get_run(found))
+    assert params == source.data.params | {"last_epoch": "7"}
 
 
 @pytest.mark.parametrize(

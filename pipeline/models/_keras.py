@@ -11,8 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import quiet
-from pipeline.bill import charge
-from pipeline.spec import LETTERS, Fitted, Images, Params, Part, Probabilities, Report
+from pipeline.bill import METER, charge
+from pipeline.spec import (
+    LAST_EPOCH,
+    LETTERS,
+    Fitted,
+    Images,
+    Params,
+    Part,
+    Probabilities,
+    Report,
+    UserError,
+)
 
 quiet.import_keras()
 
@@ -28,6 +38,69 @@ WHOLE_EPOCHS = 10  # from so many on letters are distorted with full strength
 MAX_DRAWN = 1 << 17
 ROUNDS = 16  # of the cipher that computes it; with the usual 4 the orders of epochs are correlated
 WARM_UP = 0.1  # share of the schedule in which the learning rate rises
+SAFE = 0.95  # of what is left at half of a fit is planned with: epochs vary in cost
+
+
+class _Schedule(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
+    """A learning rate's schedule the rest of which may be gone through in fewer batches."""
+
+    def __init__(self, schedule: Any) -> None:
+        self.schedule = schedule
+        self.turn, self.pace = tf.Variable(0.0), tf.Variable(1.0)
+
+    def __call__(self, step: Any) -> Any:
+        """The learning rate of a batch; ``step`` counts them from 0."""
+        return self.schedule(self.turn + (tf.cast(step, tf.float32) - self.turn) * self.pace)
+
+    def hasten(self, turn: int, pace: float) -> None:
+        """From the batch ``turn`` on each counts for ``pace``."""
+        self.turn.assign(turn)
+        self.pace.assign(pace)
+
+
+class _Shortening(keras.callbacks.Callback):  # type: ignore[misc]
+    """Ends a fit, with its schedule complete, that cannot have all epochs: seen at half of them.
+
+    A learning rate that is still high when the CPU-seconds are gone leaves a bad model: it has to
+    be known before how many epochs they pay for. The screen of a sweep tells it, but a machine may
+    have become busier, and takes more of them for the same work.
+    """
+
+    def __init__(self, n_epochs: int, last: int) -> None:
+        """``last`` is the epoch to end with; 0 where it is to be found."""
+        super().__init__()
+        self.n_epochs, self.half = n_epochs, max(1, n_epochs // 2)
+        self.given = last
+        first = min(self.half + 1, n_epochs)
+        if last and not first <= last <= n_epochs:
+            raise UserError(
+                f"{LAST_EPOCH} must be 0 or lie in the second half of the epochs, from {first} to "
+                f"{n_epochs} where epochs is {n_epochs}, but {last} came: pass one of these"
+            )
+        self.last = n_epochs
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        done = epoch + 1
+        if done == self.half and done < self.n_epochs:
+            self.last = self.given or min(self.n_epochs, done + self._affordable(done))
+            rate = self.model.optimizer._learning_rate
+            if self.last < self.n_epochs and isinstance(rate, _Schedule):
+                pace = (self.n_epochs - done) / (self.last - done)
+                rate.hasten(int(self.model.optimizer.iterations), pace)
+        if done == self.last:
+            self.model.stop_training = True
+
+    def found(self) -> Params:
+        """The epoch with which it ends, where it was not given and is not that of a whole fit."""
+        given = self.given or self.n_epochs
+        return {LAST_EPOCH: self.last} if self.last != given else {}
+
+    def _affordable(self, done: int) -> int:
+        """Further epochs for the CPU-seconds that are left, by those that are done; at least 1."""
+        left = METER.left()
+        if math.isinf(left):
+            return self.n_epochs
+        return max(1, math.floor(SAFE * left * done / METER.seconds()["fit"]))
 
 
 class _Reporter(keras.callbacks.Callback):  # type: ignore[misc]
@@ -98,7 +171,8 @@ def fit(
         net.make_train_function()
         _charge_first_call(net, "train_function", tracing)
         predict = _answers(answering)
-        callbacks = [_Reporter(answering, predict, val, report)]
+        shortening = _Shortening(params["epochs"], params[LAST_EPOCH])
+        callbacks = [_Reporter(answering, predict, val, report), shortening]
         if params["average"]:  # before the reporter, who is to see the averaged weights
             callbacks.insert(0, keras.callbacks.SwapEMAWeights(swap_on_epoch=True))
         net.fit(
@@ -113,7 +187,8 @@ def fit(
         predict=predict,
         save_model=partial(_save_model, answering, partial(build, params) if build_fused else None),
         requirements=("tensorflow", "keras", "numpy"),
-        n_steps=params["epochs"],
+        n_steps=shortening.last,
+        found=shortening.found(),
     )
 
 
@@ -131,9 +206,10 @@ def _optimizer(params: Params, n_batches: int) -> keras.optimizers.Optimizer:
     rate = params["learning_rate"]
     if params["schedule"] == "cosine":
         warm_up = max(1, round(WARM_UP * n_batches))
-        rate = keras.optimizers.schedules.CosineDecay(
+        cosine = keras.optimizers.schedules.CosineDecay(
             rate / 10, n_batches - warm_up, warmup_target=rate, warmup_steps=warm_up
         )
+        rate = _Schedule(cosine)
     average = params["average"]
     return _fused.FusedAdamW(
         rate,

@@ -15,7 +15,7 @@ from optuna.distributions import CategoricalDistribution
 
 from pipeline import models, registry
 from pipeline.models import _distort, _fused, _keras, cnn, lstm
-from pipeline.spec import Params, Part
+from pipeline.spec import Params, Part, UserError
 
 RNG = np.random.default_rng(0)
 FUSED = _fused.FusedLSTM
@@ -350,6 +350,83 @@ def test_fused_adamw_does_to_a_network_what_that_of_keras_does(rate: Any, decay:
     found, wanted_weights = trained(_fused.FusedAdamW(rate, decay, kept)), trained(keras_s)
     for weights, others in zip(found, wanted_weights, strict=True):
         np.testing.assert_allclose(weights, others, atol=1e-4)
+
+
+class Grant:
+    """A clock by which a fit has taken 4 CPU-seconds, and has ``left`` some."""
+
+    def __init__(self, left: float) -> None:
+        self.left = lambda: left
+
+    def seconds(self) -> dict[str, float]:
+        return {"fit": 4.0}
+
+
+def shortened(**change: Any) -> tuple[list[float], Any, float]:
+    """Accuracies of a fit of up to 8 epochs, itself, and the learning rate that it ends with."""
+    values: list[float] = []
+    optimizers: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        made = _keras._optimizer
+
+        def noting(params: Params, n_batches: int) -> Any:
+            optimizers.append(made(params, n_batches))
+            return optimizers[0]
+
+        patch.setattr(_keras, "_optimizer", noting)
+        params = params_of("cnn", {"epochs": 8, "filters": 16, "schedule": "cosine"} | change)
+        fitted = cnn.fit(
+            params, LETTERS, LETTERS, 3, lambda step, value: bool(values.append(value))
+        )
+    return values, fitted, float(optimizers[0].learning_rate)
+
+
+@pytest.mark.parametrize(
+    ("left", "n_epochs"),
+    [(0.0, 5), (2.2, 6), (4.3, 8)],  # an epoch takes 1, and a twentieth is for those that take more
+)
+def test_a_fit_that_its_grant_cannot_pay_for_ends_its_schedule_sooner(
+    left: float, n_epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_keras, "METER", Grant(left))
+    values, fitted, rate = shortened()
+    assert len(values) == fitted.n_steps == n_epochs
+    # Law: at the end of whatever was done the learning rate is 0.
+    assert rate == pytest.approx(0, abs=1e-8)
+    assert fitted.found == ({"last_epoch": n_epochs} if n_epochs < 8 else {})
+    # Law: the same again comes of it where that is given, whatever the grant.
+    monkeypatch.setattr(_keras, "METER", Grant(3.2))
+    again, same, _ = shortened(last_epoch=n_epochs)
+    assert again == values
+    assert (same.n_steps, same.found) == (n_epochs, {})
+    np.testing.assert_allclose(same.predict(IMAGES), fitted.predict(IMAGES), atol=1e-5)
+
+
+def test_a_fit_without_a_schedule_is_shortened_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_keras, "METER", Grant(2.2))
+    values, fitted, rate = shortened(schedule="constant")
+    assert (len(values), fitted.found) == (6, {"last_epoch": 6})
+    assert rate == pytest.approx(1e-3)
+
+
+def test_a_fit_that_nothing_limits_or_that_is_short_has_all_its_epochs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert len(shortened()[0]) == 8
+    monkeypatch.setattr(_keras, "METER", Grant(0.0))
+    assert len(shortened(epochs=2)[0]) == 2
+
+
+@pytest.mark.parametrize(("n_epochs", "last", "first"), [(8, 4, 5), (8, 9, 5), (1, 2, 1)])
+def test_an_end_outside_of_the_second_half_is_a_sentence(
+    n_epochs: int, last: int, first: int
+) -> None:
+    rule = (
+        "last_epoch must be 0 or lie in the second half of the epochs, "
+        f"from {first} to {n_epochs} where epochs is {n_epochs}, but {last} came: pass one of these"
+    )
+    with pytest.raises(UserError, match=rule):
+        fit(epochs=n_epochs, last_epoch=last)
 
 
 def test_averaged_weights_are_others() -> None:

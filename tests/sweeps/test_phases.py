@@ -165,6 +165,16 @@ def test_a_budget_is_screened_raced_and_confirmed(tmp_path: Path, total: float) 
     assert len({one.trial.user_attrs["screened"] for one in racing}) == len(racing)
 
 
+def test_a_fit_that_shortens_itself_is_planned_with_its_whole_grant(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, 1200)
+    driver.phases.member = cast(ModuleType, SimpleNamespace(**vars(MODEL)))
+    driver.phases.member.PARAMS = MODEL.PARAMS | {"last_epoch": Param(0, IntDistribution(0, 30))}
+    driver.run()
+    first = driver.of("race")[0]
+    spent = EXTRA + step(first.trial.params) * first.trial.params["epochs"]
+    assert first.grant - step(first.trial.params) < spent <= first.grant
+
+
 def test_the_winner_is_trained_again_under_other_seeds(tmp_path: Path) -> None:
     driver = Driver(tmp_path, 3600, seed=5)
     driver.run()

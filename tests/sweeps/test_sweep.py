@@ -160,8 +160,10 @@ def test_a_fit_of_any_length_is_screened_raced_and_confirmed(sweeps: Sweeps) -> 
 def test_a_small_budget_says_that_the_spread_is_unknown(sweeps: Sweeps) -> None:
     sweeps.patch.setattr(phases, "SCREEN_SHARE", 1e-6)
     sweeps.patch.setattr(phases, "shares", lambda *given: phases.Shares(1, 0, 600.0))
-    sweeps.run(any_length(), workers=1)
+    grant = "from pipeline.bill import METER; assert 0 < METER.left() < 1000"  # which a fit may ask
+    sweeps.run(any_length(before=grant), workers=1)
     assert sweeps.tags("phase") == ["screen", "race"]
+    assert sweeps.tags("state") == ["complete", "complete"]
     assert "its spread is unknown" in sweeps.parent.data.tags["mlflow.note.content"]
     assert "confirmed_val_accuracy_std" not in sweeps.parent.data.metrics
 
