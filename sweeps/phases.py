@@ -27,7 +27,8 @@ DEAR = 4  # times the median of what was screened so far: more is not spent on o
 # An error of e after a short fit is one of e (FLOOR + (1 - FLOOR) n^-DECLINE) after one that sees n
 # times as many letters: what the priors of CNN and LSTM do on 40,000 letters, within a fifth.
 FLOOR, DECLINE = 0.3, 0.65
-VALIDATION = 0.5  # what a letter of val costs in an epoch, by one that is trained on
+# What a letter of val costs in an epoch, by one that is trained on: the priors of CNN and LSTM.
+VALIDATION = 0.27
 # Of a grant, that is planned with where a fit does not shorten itself: what a step takes in
 # CPU-seconds varies with what else runs.
 MARGIN = 0.9
@@ -35,6 +36,8 @@ LENGTH = 3.0  # whole fits are sqrt(steps that the budget pays for) / LENGTH; th
 N_CONFIRMING = 2  # further seeds of the winner, or none: two fits tell no spread
 SPARE = 0.5  # of a whole fit's share, that is enough for another one
 FEWEST_STEPS = 3  # of a racing trial, if any of the screen can do so many
+WORTH = 1.05  # times the letters that whole steps would see; for less no fit leaves some out
+N_LETTERS = "n_letters"  # the hyperparameter of models that may train on some letters
 # User attributes: the trial whose worker has died; the one of the screen that a race goes on with.
 RETRY_OF, SCREENED = "retry_of", "screened"
 N_SAFE = 2  # racing trials that keep the late hyperparameters of the screen
@@ -52,18 +55,36 @@ class Proposal(NamedTuple):
 
 
 class Growth(NamedTuple):
-    """What a step of a whole fit is by one of the screen: in letters seen, and in CPU time."""
+    """What a step of a whole fit is by one of the screen.
 
-    letters: float
-    cost: float
+    Attributes:
+        n_train: letters that a step of a whole fit sees.
+        n_short: those that a step of the screen does.
+        looks: letters to train on for which one could look at val, as each step does.
+    """
+
+    n_train: int
+    n_short: int
+    looks: float
+
+    @property
+    def cost(self) -> float:
+        """CPU time of a step of a whole fit, by one of the screen."""
+        return (self.n_train + self.looks) / (self.n_short + self.looks)
+
+
+class Length(NamedTuple):
+    """So many steps of a fit, each on ``n_letters``; 0 are all."""
+
+    n_steps: int
+    n_letters: int = 0
 
 
 def growth(member: ModuleType, data: Dataset) -> Growth:
     """How much more a step of a model's whole fit is, where a screen sees some letters only."""
     n_train, n_val = (len(data.part(name).labels) for name in ("train", "val"))
-    n_short = min(search.short_fit(member).get("n_letters") or n_train, n_train)
-    looks = VALIDATION * n_val
-    return Growth(n_train / n_short, (n_train + looks) / (n_short + looks))
+    n_short = min(search.short_fit(member).get(N_LETTERS) or n_train, n_train)
+    return Growth(n_train, n_short, VALIDATION * n_val)
 
 
 class Shares(NamedTuple):
@@ -186,11 +207,28 @@ class Phases:
         same = [trial for trial in again if trial.params == own.params]
         return {int(trial.user_attrs["seed"]) for trial in (own, *same)}
 
-    def _n_steps(self, screened: Outcome, grant: float) -> int:
-        """Steps of a whole fit that a grant pays for, of what was screened."""
+    def _length(self, screened: Outcome, grant: float) -> Length:
+        """The whole fit that a grant pays for, of what was screened.
+
+        Where steps are few, what is left of the grant would pay for much of another one: then all
+        are on some letters. A fit on fewer than the screen's is none.
+        """
         step, extra = self._costs(screened)
         grant *= 1.0 if LAST_EPOCH in self.member.PARAMS else MARGIN
-        return min(math.floor((grant - extra) / step), max_steps(self.member))
+        n_affordable = max(0.0, grant - extra) / step
+        whole = Length(min(math.floor(n_affordable), max_steps(self.member)))
+        if N_LETTERS not in search.short_fit(self.member):
+            return whole
+        n_train, n_short, looks = self.growth
+        n_steps = whole.n_steps + 1
+        n_letters = math.floor(n_affordable / n_steps * (n_train + looks) - looks)
+        part = Length(n_steps, n_letters)
+        worth = n_letters > n_short and self._seen(*part) > WORTH * self._seen(*whole)
+        return part if worth and n_steps <= max_steps(self.member) else whole
+
+    def _seen(self, n_steps: int, n_letters: int) -> int:
+        """Letters that a fit sees, one as often as it does."""
+        return n_steps * min(n_letters or self.growth.n_train, self.growth.n_train)
 
     def _costs(self, screened: Outcome) -> tuple[float, float]:
         """CPU-seconds of a whole fit's step, and beside its steps, from a short fit."""
@@ -200,20 +238,23 @@ class Phases:
     def _promising(self, screened: Sequence[Outcome], grant: float) -> list[Outcome]:
         """What can race with a grant, by the error that its schedule is expected to end with."""
 
+        def seen(one: Outcome) -> int:
+            return self._seen(*self._length(one, grant))
+
         def expected(one: Outcome) -> float:
-            more = self.growth.letters * self._n_steps(one, grant)
+            more = seen(one) / self.growth.n_short
             return _error(one) * (FLOOR + (1 - FLOOR) * math.pow(more, -DECLINE))
 
         # One that can do but a step or two is no better off than in the screen.
-        able = [one for one in screened if self._n_steps(one, grant) >= FEWEST_STEPS]
-        able = able or [one for one in screened if self._n_steps(one, grant) >= 1]
+        able = [one for one in screened if seen(one) >= FEWEST_STEPS * self.growth.n_train]
+        able = able or [one for one in screened if seen(one)]
         return sorted(able, key=expected)
 
     def _race(self, screened: Sequence[Outcome], grant: float) -> Proposal | None:
-        """A trial of the race, for as many steps as the grant pays for; None where that is none.
+        """A trial of the race, as long as the grant pays for; None where that is nothing.
 
-        The most promising one that has not raced yet, or for half as many steps at most, as when
-        the budget was smaller; where all have, those again.
+        The most promising one that has not raced yet, or for half as long at most, as when the
+        budget was smaller; where all have, those again.
         """
         assert self.steps is not None
         promising = self._promising(screened, grant)
@@ -222,15 +263,20 @@ class Phases:
         steps, raced = self.steps, self._tried("race", every_round=True)
 
         def n_races(one: Outcome) -> int:
-            n_steps = self._n_steps(one, grant)
+            seen = self._seen(*self._length(one, grant))
             return sum(
                 other.user_attrs.get(SCREENED) == one.number
-                and (other.state == TrialState.FAIL or 2 * other.params[steps] > n_steps)
+                and (other.state == TrialState.FAIL or 2 * length(other) > seen)
                 for other in raced
             )
 
+        def length(trial: Trial) -> int:
+            return self._seen(trial.params[steps], trial.params.get(N_LETTERS, 0))
+
         one = min(promising, key=n_races)
-        whole = search.whole(self.member) | {steps: self._n_steps(one, grant)}
+        n_steps, n_letters = self._length(one, grant)
+        whole = search.whole(self.member) | {steps: n_steps}
+        whole |= {N_LETTERS: n_letters} if n_letters else {}
         fixed = self._params(one.number) | whole
         if len(self._tried("race")) >= N_SAFE or n_races(one):
             for name in getattr(self.member, "LATE", ()):

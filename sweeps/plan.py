@@ -180,8 +180,9 @@ def _phased(
         ["screen, the deck's model first", f"about {n_screened}", "short", _range(costs)]
     ]
     for phase, n_fits in (("race", plan.n_racing), ("confirm", plan.n_confirming)):
-        if n_fits and n_steps:
-            rows.append([phase, n_fits, f"about {n_steps}", f"{plan.cpu_seconds:.3g}"])
+        if n_fits and (n_steps or growth.n_short < growth.n_train):
+            steps = f"about {n_steps}" if n_steps else "part of one"
+            rows.append([phase, n_fits, steps, f"{plan.cpu_seconds:.3g}"])
     return rows
 
 

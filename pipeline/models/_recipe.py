@@ -11,7 +11,7 @@ PARAMS = {
     # With which a fit ends that its grant would not let do all ``epochs``; 0 leaves it to the fit.
     LAST_EPOCH: Param(0, IntDistribution(0, 40)),
     # That an epoch sees, evenly taken from the training letters; 0 is all.
-    "n_letters": Param(0, CategoricalDistribution((0, 10_000))),
+    "n_letters": Param(0, IntDistribution(0, 10_000_000)),
     # Cosine: up for a tenth of the fit, then down to 0 at its last batch.
     "schedule": Param("constant", CategoricalDistribution(("constant", "cosine"))),
     "weight_decay": Param(0.0, FloatDistribution(0.0, 0.2)),  # of AdamW; kernels only

@@ -1,6 +1,7 @@
 """Screen, race and confirm, with fits that cost and score what a formula says."""
 
 import itertools
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, cast
 
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
 from pipeline.spec import Param, Params
@@ -26,7 +27,7 @@ MODEL = cast(
             "rate": Param(0.1, FloatDistribution(0.0, 1.0)),
             "dropout": Param(0.0, FloatDistribution(0.0, 0.5)),
             "epochs": Param(10, IntDistribution(1, 30)),
-            "n_letters": Param(0, CategoricalDistribution((0, 100))),
+            "n_letters": Param(0, IntDistribution(0, 1000)),
             "policy": Param(0, IntDistribution(0, 1)),
         },
         PRIORS=[PRIOR],
@@ -35,7 +36,7 @@ MODEL = cast(
         SCREEN={"epochs": 1, "n_letters": 100},
     ),
 )
-GROWTH = Growth(letters=4.0, cost=3.0)  # of an epoch on all letters, by one on 100 of them
+GROWTH = Growth(n_train=400, n_short=100, looks=50.0)  # a whole epoch costs 3 of the screen's
 EXTRA = 2.0  # CPU-seconds of a trial beside its steps
 
 
@@ -47,11 +48,12 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def step(params: Params) -> float:
     """CPU-seconds of an epoch."""
-    return (2.0 + float(params["width"])) / (GROWTH.cost if params["n_letters"] else 1.0)
+    share = ((params["n_letters"] or GROWTH.n_train) + GROWTH.looks) / 450
+    return (2.0 + float(params["width"])) * share
 
 
 def accuracy(params: Params, seed: int) -> float:
-    seen = params["epochs"] * (1.0 if params["n_letters"] else GROWTH.letters)
+    seen = params["epochs"] * (params["n_letters"] or GROWTH.n_train) / GROWTH.n_short
     error = (0.5 + abs(params["rate"] - 0.3)) / (1 + params["width"]) / seen**0.5
     return 1 - 0.5 * error - 0.001 * seed
 
@@ -152,15 +154,16 @@ def test_a_budget_is_screened_raced_and_confirmed(tmp_path: Path, total: float) 
     racing = driver.of("race")
 
     def promised(one: Outcome) -> float:
-        step = GROWTH.cost * one.bill["fit"]
-        n_steps = min((MARGIN * racing[0].grant - EXTRA) // step, 30)
-        return (1 - (one.val_accuracy or 0)) * (0.3 + 0.7 * (GROWTH.letters * n_steps) ** -0.65)
+        n_steps, n_letters = driver.phases._length(one, racing[0].grant)
+        seen = n_steps * (n_letters or 400) / 100
+        return (1 - (one.val_accuracy or 0)) * (0.3 + 0.7 * seen**-0.65)
 
     best = min(screened, key=promised)
     assert late(racing[0].trial.params) == late(driver.study.trials[best.number].params)
-    # Law: on all letters, and for longer.
-    assert {proposal.trial.params["n_letters"] for proposal in racing} == {0}
-    assert racing[0].trial.params["epochs"] > 1
+    # Law: longer, and on all letters or on more than in the screen.
+    for proposal in racing:
+        assert proposal.trial.params["epochs"] > 1
+        assert not 0 < proposal.trial.params["n_letters"] <= 100
     # Law: nothing races twice, as long as there are others.
     assert len({one.trial.user_attrs["screened"] for one in racing}) == len(racing)
 
@@ -173,6 +176,48 @@ def test_a_fit_that_shortens_itself_is_planned_with_its_whole_grant(tmp_path: Pa
     first = driver.of("race")[0]
     spent = EXTRA + step(first.trial.params) * first.trial.params["epochs"]
     assert first.grant - step(first.trial.params) < spent <= first.grant
+
+
+def screened(accuracy: float, short: float) -> Outcome:
+    """A short fit of so many CPU-seconds."""
+    bill = {"fit": short, "tracing": EXTRA}
+    return Outcome(0, "complete", accuracy, bill, short, 0.1, {}, "0", "models:/0", None, None, {})
+
+
+@pytest.mark.parametrize(
+    ("n_affordable", "length"),
+    [
+        (0.2, (0, 0)),  # of 450, which is 40 letters and a look: fewer than the screen has
+        (0.4, (1, 130)),
+        (1.0, (1, 0)),
+        (1.5, (2, 287)),
+        (3.05, (3, 0)),  # 4 epochs of 293 are fewer than 3 of 400
+        (3.8, (4, 377)),
+        (29.5, (29, 0)),  # not worth the letters that it would leave out
+        (30.9, (30, 0)),  # the longest fit that the model allows
+    ],
+)
+def test_few_steps_are_on_as_many_letters_as_the_grant_pays_for(
+    tmp_path: Path, n_affordable: float, length: tuple[int, int]
+) -> None:
+    driver, short = Driver(tmp_path, 1200), 4.0
+    one = screened(0.8, short)
+    grant = (n_affordable * GROWTH.cost * short + EXTRA) / MARGIN + 1e-6
+    assert driver.phases._length(one, grant) == length
+    # Law: none that the screen's letters are all of is ever shortened so.
+    driver.phases.growth = Growth(n_train=100, n_short=100, looks=50.0)
+    n_steps = min(math.floor(n_affordable * GROWTH.cost + 1e-6), 30)
+    assert driver.phases._length(one, grant) == (n_steps, 0)
+
+
+def test_what_pays_for_no_whole_step_races_on_some_letters(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, 60)
+    while (last := driver.ask()) and last.phase == "screen":
+        driver.end(last, dear=5.0)  # a whole epoch of which takes 15
+    assert last is not None
+    params = last.trial.params
+    assert params["epochs"] * params["n_letters"] > 100
+    assert step(params) > 0
 
 
 def test_the_winner_is_trained_again_under_other_seeds(tmp_path: Path) -> None:
@@ -205,21 +250,23 @@ def test_a_seed_that_fails_is_not_tried_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_train", "screen", "letters", "cost"),
+    ("n_train", "screen", "n_short", "cost"),
     [
-        (400, MODEL.SCREEN, 4.0, (400 + 20) / (100 + 20)),
-        (80, MODEL.SCREEN, 1.0, 1.0),  # fewer than a short fit would see
-        (400, {"epochs": 1}, 1.0, 1.0),  # which sees all
+        (400, MODEL.SCREEN, 100, (400 + 10.8) / (100 + 10.8)),
+        (80, MODEL.SCREEN, 80, 1.0),  # fewer than a short fit would see
+        (400, {"epochs": 1}, 400, 1.0),  # which sees all
     ],
 )
 def test_a_step_on_all_letters_is_dearer_than_one_of_the_screen(
-    n_train: int, screen: Params, letters: float, cost: float
+    n_train: int, screen: Params, n_short: int, cost: float
 ) -> None:
     counts = {"train": n_train, "val": 40}
     data: Any = SimpleNamespace(part=lambda name: SimpleNamespace(labels=[0] * counts[name]))
     member: Any = SimpleNamespace(**{**vars(MODEL), "SCREEN": screen})
-    # A letter of val costs half of what one that is trained on does.
-    assert growth(member, data) == pytest.approx((letters, cost))
+    # A letter of val costs a quarter of what one that is trained on does.
+    found = growth(member, data)
+    assert found == pytest.approx((n_train, n_short, 10.8))
+    assert found.cost == pytest.approx(cost)
 
 
 def test_a_small_budget_has_one_whole_fit_and_a_large_one_more_and_longer() -> None:
