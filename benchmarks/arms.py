@@ -18,7 +18,7 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from pipeline import models, registry
 from pipeline.bill import METER
-from pipeline.spec import LAST_EPOCH, Dataset, Param, Params, Part
+from pipeline.spec import LATE_LETTERS, Dataset, Param, Params, Part
 
 EPOCHS = 10  # of a whole fit, as the deck has it
 # What a user of these tuners would search: the deck's network, and how Adam trains it.
@@ -29,7 +29,7 @@ PLAIN = {
 }
 # What our sweep never searches, for how it works and not for what is known of letters: it compares
 # fits by schedules that complete, each finds the best of these two for nothing, or shortens itself.
-METHOD = ("schedule", "n_neighbors", "weights", LAST_EPOCH)
+METHOD = ("schedule", "n_neighbors", "weights", LATE_LETTERS)
 Report = Callable[[int, float], bool]
 # The project's sweep, and what it is without one of its parts.
 OURS = ("ours", "without_screen", "without_bfloat16", "without_phases")
@@ -46,7 +46,7 @@ class Objective:
         self.made_of = (model, root, seed, whole, policy, folder)
         space: Mapping[str, Param] = self.member.PARAMS
         self.fixed = {name: param.default for name, param in space.items()}
-        given = ("epochs", LAST_EPOCH, "n_letters", "dtype_policy")
+        given = ("epochs", LATE_LETTERS, "n_letters", "dtype_policy")
         searched = [name for name in space if name not in given]
         if whole:
             searched = [name for name in searched if name in PLAIN[model]]

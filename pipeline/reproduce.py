@@ -17,7 +17,7 @@ from mlflow.entities import Run as RunEntity
 
 from pipeline import cli, environment, evaluate, tracking
 from pipeline.checkout import checkout, step_of
-from pipeline.spec import LAST_EPOCH, UserError
+from pipeline.spec import LATE_LETTERS, UserError
 
 OPTIONS: dict[str, cli.Convert] = {"run_id": cli.text, "archive": cli.text, "data_dir": cli.text}
 RECORDED = "recorded"  # the archive that the run was given
@@ -138,8 +138,8 @@ def hyperparameters(source: RunEntity) -> dict[str, str]:
     """
     params = source.data.params
     left = {name: value for name, value in params.items() if not name.startswith("found_")}
-    ends = params.get(f"found_{LAST_EPOCH}")
-    return left | ({LAST_EPOCH: ends} if ends else {})
+    late = params.get(f"found_{LATE_LETTERS}")
+    return left | ({LATE_LETTERS: late} if late else {})
 
 
 def check_digest(source: RunEntity, made: RunEntity, archive: str) -> None:

@@ -31,8 +31,8 @@ Labels = npt.NDArray[np.uint8]  # (n,), 0..25 for A..Z
 Probabilities = npt.NDArray[np.float32]  # (n, 26), rows sum to 1
 Params = dict[str, Any]
 
-# A hyperparameter of models whose fit shortens itself where its grant is too small: when it ends.
-LAST_EPOCH = "last_epoch"
+# A hyperparameter of models whose fit shortens itself where its grant is too small: to how much.
+LATE_LETTERS = "late_letters"
 
 # report(step, val_accuracy) -> True if the fit must stop here and return what it has.
 # A step is an epoch for the networks and a tenth of the training letters for KNN.

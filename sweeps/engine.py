@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from pipeline import models, precision, registry, tracking
 from pipeline.bill import METER, added, charge, completed, metrics
-from pipeline.spec import Dataset, Params, UserError
+from pipeline.spec import LATE_LETTERS, Dataset, Params, UserError
 from pipeline.train import found
 from sweeps import processes, search
 from sweeps.budget import RESERVE_CPU_SECONDS, Ledger, own_cpu_seconds
@@ -250,7 +250,8 @@ class Engine:
         # Should this driver die while the run is made, the trial has spent nothing.
         self.ledger.beat(self.own(), {number: 0.0})
         child = self._create(number)
-        referee = Referee(trial, grant, self.logging())
+        half = trial.params[self.member.STEPS] // 2 if self._shortens(trial) else 0
+        referee = Referee(trial, grant, self.logging(), half)
         self.live[number] = _Live(child, referee, grant)
         again = trial.user_attrs.get(RETRY_OF)
         tags = {} if again is None else {RETRY_OF: again}
@@ -270,6 +271,10 @@ class Engine:
             spec["letters"] = dict(self.task.letters)
         self.nursery.start(number, spec, grant)
         self._beat()
+
+    def _shortens(self, trial: optuna.Trial) -> bool:
+        """Whether a fit makes the second half of its steps as short as its grant asks for."""
+        return hasattr(self.member, "STEPS") and LATE_LETTERS in trial.params
 
     def _create(self, number: int) -> tracking.Run:
         """The child run of a trial: killed, until the trial ends otherwise."""

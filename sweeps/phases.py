@@ -17,7 +17,7 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from pipeline.spec import LAST_EPOCH, Dataset, Params
+from pipeline.spec import LATE_LETTERS, Dataset, Params
 from sweeps import search
 from sweeps.budget import GRANT_SHARE
 from sweeps.trial import Outcome
@@ -211,20 +211,23 @@ class Phases:
         """The whole fit that a grant pays for, of what was screened.
 
         Where steps are few, what is left of the grant would pay for much of another one: then all
-        are on some letters. A fit on fewer than the screen's is none.
+        are on some letters. They are two at least, so that a fit may see at half of them what they
+        cost. One that sees fewer letters than those of the screen is none.
         """
         step, extra = self._costs(screened)
-        grant *= 1.0 if LAST_EPOCH in self.member.PARAMS else MARGIN
+        grant *= 1.0 if LATE_LETTERS in self.member.PARAMS else MARGIN
         n_affordable = max(0.0, grant - extra) / step
         whole = Length(min(math.floor(n_affordable), max_steps(self.member)))
         if N_LETTERS not in search.short_fit(self.member):
             return whole
         n_train, n_short, looks = self.growth
-        n_steps = whole.n_steps + 1
+        n_steps = max(2, whole.n_steps + 1)
         n_letters = math.floor(n_affordable / n_steps * (n_train + looks) - looks)
         part = Length(n_steps, n_letters)
-        worth = n_letters > n_short and self._seen(*part) > WORTH * self._seen(*whole)
-        return part if worth and n_steps <= max_steps(self.member) else whole
+        if n_steps > max_steps(self.member) or n_steps * n_letters <= n_short:
+            return whole
+        worth = self._seen(*part) > WORTH * self._seen(*whole)
+        return part if worth or whole.n_steps < 2 else whole
 
     def _seen(self, n_steps: int, n_letters: int) -> int:
         """Letters that a fit sees, one as often as it does."""

@@ -16,6 +16,7 @@ from pipeline.spec import Dataset, Param, UserError
 from pipeline.train import train
 from sweeps.nursery import Message
 
+SHORTEST = 0.25  # what a step that a fit has shortened costs at least, by one that it has not
 REFUSED = "refused"  # the failure of a trial that was given what it must not use
 
 # How a trial ended: the status of its child run.
@@ -139,9 +140,15 @@ def death(event: Message) -> str:
 class Referee:
     """Hears a trial's reports and says when it must stop: because of the pruner or its grant."""
 
-    def __init__(self, trial: optuna.Trial, grant: float, logging: float) -> None:
-        """``grant`` CPU-seconds, of which ``logging`` are needed after the last step."""
+    def __init__(
+        self, trial: optuna.Trial, grant: float, logging: float, shortened_after: int = 0
+    ) -> None:
+        """``grant`` CPU-seconds, of which ``logging`` are needed after the last step.
+
+        After the step ``shortened_after`` the fit makes those that follow as short as it must.
+        """
         self.trial, self.steps_end = trial, grant - logging
+        self.shortened_after = shortened_after
         self.curve: list[tracking.Point] = []
         self.spent = [0.0]  # CPU-seconds at the start and at each report
         self.bill: Mapping[str, float] = {}  # of the last report
@@ -161,7 +168,8 @@ class Referee:
         self.trial.report(val_accuracy, step)
         before, now = self.spent[-2:]
         # A step is not begun when it would not fit: it costs what the last one did.
-        if now + (now - before) > self.steps_end - overdraft:
+        share = SHORTEST if step == self.shortened_after else 1.0
+        if now + share * (now - before) > self.steps_end - overdraft:
             self.state = "over_budget"
         elif self.trial.number > 0 and self.trial.should_prune():  # the baseline is never pruned
             self.state = "pruned"

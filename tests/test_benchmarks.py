@@ -262,8 +262,8 @@ def test_an_environment_without_bytecode_is_refused(
 @pytest.mark.parametrize(
     ("model", "fixed"),
     [
-        ("cnn", {"schedule": "cosine", "last_epoch": 0}),
-        ("lstm", {"schedule": "cosine", "last_epoch": 0}),
+        ("cnn", {"schedule": "cosine", "late_letters": 0}),
+        ("lstm", {"schedule": "cosine", "late_letters": 0}),
         ("knn", {"n_neighbors": 0, "weights": "best"}),
     ],
 )

@@ -1,6 +1,8 @@
 """What the two networks share: how they are trained and saved. Imports TensorFlow."""
 
+import itertools
 import math
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -13,7 +15,7 @@ import numpy.typing as npt
 from pipeline import quiet
 from pipeline.bill import METER, charge
 from pipeline.spec import (
-    LAST_EPOCH,
+    LATE_LETTERS,
     LETTERS,
     Fitted,
     Images,
@@ -21,7 +23,6 @@ from pipeline.spec import (
     Part,
     Probabilities,
     Report,
-    UserError,
 )
 
 quiet.import_keras()
@@ -38,11 +39,11 @@ WHOLE_EPOCHS = 10  # from so many on letters are distorted with full strength
 MAX_DRAWN = 1 << 17
 ROUNDS = 16  # of the cipher that computes it; with the usual 4 the orders of epochs are correlated
 WARM_UP = 0.1  # share of the schedule in which the learning rate rises
-SAFE = 0.95  # of what is left at half of a fit is planned with: epochs vary in cost
+SAFE = 0.95  # of what is left at half of a fit, that is planned with: epochs vary in cost
 
 
 class _Schedule(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
-    """A learning rate's schedule the rest of which may be gone through in fewer batches."""
+    """A learning rate's schedule, the rest of which may be gone through in fewer batches."""
 
     def __init__(self, schedule: Any) -> None:
         self.schedule = schedule
@@ -59,48 +60,57 @@ class _Schedule(keras.optimizers.schedules.LearningRateSchedule):  # type: ignor
 
 
 class _Shortening(keras.callbacks.Callback):  # type: ignore[misc]
-    """Ends a fit, with its schedule complete, that cannot have all epochs: seen at half of them.
+    """Has a fit see fewer letters in the second half of its epochs where its grant asks for that.
 
-    A learning rate that is still high when the CPU-seconds are gone leaves a bad model: it has to
-    be known before how many epochs they pay for. The screen of a sweep tells it, but a machine may
-    have become busier, and takes more of them for the same work.
+    A learning rate that is still high when the CPU-seconds are gone leaves a bad model: its
+    schedule is to complete. What a fit costs is known from a sweep's screen, but a machine may have
+    become busier since, and takes more CPU-seconds for the same work: at half of it that is seen.
     """
 
-    def __init__(self, n_epochs: int, last: int) -> None:
-        """``last`` is the epoch to end with; 0 where it is to be found."""
+    def __init__(self, params: Params, n_batches: int, reporter: "_Reporter") -> None:
         super().__init__()
-        self.n_epochs, self.half = n_epochs, max(1, n_epochs // 2)
-        self.given = last
-        first = min(self.half + 1, n_epochs)
-        if last and not first <= last <= n_epochs:
-            raise UserError(
-                f"{LAST_EPOCH} must be 0 or lie in the second half of the epochs, from {first} to "
-                f"{n_epochs} where epochs is {n_epochs}, but {last} came: pass one of these"
-            )
-        self.last = n_epochs
+        self.n_epochs, self.batch_size = int(params["epochs"]), int(params["batch_size"])
+        self.n_batches = n_batches
+        self.half, self.reporter = self.n_epochs // 2, reporter
+        self.given = math.ceil(params[LATE_LETTERS] / self.batch_size)
+        self.found: Params = {}
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        if epoch != self.half or epoch == 0:
+            return
+        n_batches = self.given or self._affordable()
+        if n_batches >= self.n_batches:
+            return
+        if not self.given:
+            self.found = {LATE_LETTERS: n_batches * self.batch_size}
+        optimizer = self.model.optimizer
+        if isinstance(optimizer._learning_rate, _Schedule):
+            optimizer._learning_rate.hasten(self.half * self.n_batches, self.n_batches / n_batches)
+        self._end_epochs_after(n_batches)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        done = epoch + 1
-        if done == self.half and done < self.n_epochs:
-            self.last = self.given or min(self.n_epochs, done + self._affordable(done))
-            rate = self.model.optimizer._learning_rate
-            if self.last < self.n_epochs and isinstance(rate, _Schedule):
-                pace = (self.n_epochs - done) / (self.last - done)
-                rate.hasten(int(self.model.optimizer.iterations), pace)
-        if done == self.last:
-            self.model.stop_training = True
+        self.model.stop_training = False  # the epoch has ended, not the fit
 
-    def found(self) -> Params:
-        """The epoch with which it ends, where it was not given and is not that of a whole fit."""
-        given = self.given or self.n_epochs
-        return {LAST_EPOCH: self.last} if self.last != given else {}
-
-    def _affordable(self, done: int) -> int:
-        """Further epochs for the CPU-seconds that are left, by those that are done; at least 1."""
-        left = METER.left()
+    def _affordable(self) -> int:
+        """Batches of an epoch for what is left, by what those before have cost; at least 1."""
+        left: float = METER.left()
         if math.isinf(left):
-            return self.n_epochs
-        return max(1, math.floor(SAFE * left * done / METER.seconds()["fit"]))
+            return self.n_batches
+        looks = self.reporter.looks
+        batch = (METER.seconds()["fit"] - looks) / (self.half * self.n_batches)
+        epoch = SAFE * left / (self.n_epochs - self.half) - looks / self.half
+        return max(1, math.floor(epoch / batch))
+
+    def _end_epochs_after(self, n_batches: int) -> None:
+        """Have Keras end each epoch so early; the next one goes on with the letters that follow."""
+        train, calls = self.model.train_function, itertools.count(1)
+
+        def counting(iterator: Any) -> Any:
+            logs = train(iterator)
+            self.model.stop_training = next(calls) % n_batches == 0
+            return logs
+
+        self.model.train_function = counting
 
 
 class _Reporter(keras.callbacks.Callback):  # type: ignore[misc]
@@ -119,6 +129,7 @@ class _Reporter(keras.callbacks.Callback):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.answering, self.predict, self.val, self.report = answering, predict, val, report
+        self.looks = 0.0  # CPU-seconds that the answers have taken
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         assert logs is not None
@@ -129,7 +140,9 @@ class _Reporter(keras.callbacks.Callback):  # type: ignore[misc]
         if epoch == 0:
             with charge("tracing"):
                 self.predict(images[:1])
+        began = time.process_time()
         guess = self.predict(images).argmax(axis=1)
+        self.looks += time.process_time() - began
         if self.report(epoch + 1, float(np.mean(guess == labels))):
             self.model.stop_training = True
 
@@ -171,8 +184,9 @@ def fit(
         net.make_train_function()
         _charge_first_call(net, "train_function", tracing)
         predict = _answers(answering)
-        shortening = _Shortening(params["epochs"], params[LAST_EPOCH])
-        callbacks = [_Reporter(answering, predict, val, report), shortening]
+        reporter = _Reporter(answering, predict, val, report)
+        shortening = _Shortening(params, n_batches, reporter)
+        callbacks = [shortening, reporter]  # who has the last word
         if params["average"]:  # before the reporter, who is to see the averaged weights
             callbacks.insert(0, keras.callbacks.SwapEMAWeights(swap_on_epoch=True))
         net.fit(
@@ -187,8 +201,8 @@ def fit(
         predict=predict,
         save_model=partial(_save_model, answering, partial(build, params) if build_fused else None),
         requirements=("tensorflow", "keras", "numpy"),
-        n_steps=shortening.last,
-        found=shortening.found(),
+        n_steps=params["epochs"],
+        found=shortening.found,
     )
 
 

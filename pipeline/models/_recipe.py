@@ -2,16 +2,17 @@
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from pipeline.spec import LAST_EPOCH, Param, Params
+from pipeline.spec import LATE_LETTERS, Param, Params
 
 PARAMS = {
     "learning_rate": Param(1e-3, FloatDistribution(5e-4, 4e-2, log=True)),  # of Adam, the highest
     "batch_size": Param(32, CategoricalDistribution((32, 64, 128, 256))),
     "epochs": Param(10, IntDistribution(1, 40)),
-    # With which a fit ends that its grant would not let do all ``epochs``; 0 leaves it to the fit.
-    LAST_EPOCH: Param(0, IntDistribution(0, 40)),
     # That an epoch sees, evenly taken from the training letters; 0 is all.
     "n_letters": Param(0, IntDistribution(0, 10_000_000)),
+    # That each epoch of the second half sees of them, one after the other; 0 leaves it to the fit:
+    # all, or as many as its grant pays for.
+    LATE_LETTERS: Param(0, IntDistribution(0, 10_000_000)),
     # Cosine: up for a tenth of the fit, then down to 0 at its last batch.
     "schedule": Param("constant", CategoricalDistribution(("constant", "cosine"))),
     "weight_decay": Param(0.0, FloatDistribution(0.0, 0.2)),  # of AdamW; kernels only
@@ -25,7 +26,7 @@ PARAMS = {
 STEPS = "epochs"
 SCREEN: Params = {"epochs": 1, "n_letters": 10_000}
 LATE = ("weight_decay", "label_smoothing", "dropout", "augment")
-FIXED: Params = {"schedule": "cosine", "average": 0.0, LAST_EPOCH: 0}
+FIXED: Params = {"schedule": "cosine", "average": 0.0, LATE_LETTERS: 0}
 PRIOR: Params = FIXED | {
     "learning_rate": 1e-2,
     "batch_size": 64,

@@ -1,5 +1,6 @@
 """Laws of the networks: what they are built of, how letters are distorted, how they are trained."""
 
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from optuna.distributions import CategoricalDistribution
 
 from pipeline import models, registry
 from pipeline.models import _distort, _fused, _keras, cnn, lstm
-from pipeline.spec import Params, Part, UserError
+from pipeline.spec import Params, Part
 
 RNG = np.random.default_rng(0)
 FUSED = _fused.FusedLSTM
@@ -353,7 +354,7 @@ def test_fused_adamw_does_to_a_network_what_that_of_keras_does(rate: Any, decay:
 
 
 class Grant:
-    """A clock by which a fit has taken 4 CPU-seconds, and has ``left`` some."""
+    """A clock by which a fit has taken 4 CPU-seconds so far, and has ``left`` some."""
 
     def __init__(self, left: float) -> None:
         self.left = lambda: left
@@ -362,71 +363,84 @@ class Grant:
         return {"fit": 4.0}
 
 
-def shortened(**change: Any) -> tuple[list[float], Any, float]:
-    """Accuracies of a fit of up to 8 epochs, itself, and the learning rate that it ends with."""
-    values: list[float] = []
-    optimizers: list[Any] = []
-    with pytest.MonkeyPatch.context() as patch:
-        made = _keras._optimizer
+def halves(patch: pytest.MonkeyPatch, **change: Any) -> tuple[Any, list[list[float]]]:
+    """A fit of two epochs in each half, 10 batches each, and the learning rates of each epoch."""
+    rates: list[list[float]] = [[]]
+    make = keras.Model.make_train_function
 
-        def noting(params: Params, n_batches: int) -> Any:
-            optimizers.append(made(params, n_batches))
-            return optimizers[0]
+    def noting(net: Any, force: bool = False) -> None:
+        again = net.train_function
+        make(net, force)
+        if again:
+            return
+        train = net.train_function
 
-        patch.setattr(_keras, "_optimizer", noting)
-        params = params_of("cnn", {"epochs": 8, "filters": 16, "schedule": "cosine"} | change)
-        fitted = cnn.fit(
-            params, LETTERS, LETTERS, 3, lambda step, value: bool(values.append(value))
-        )
-    return values, fitted, float(optimizers[0].learning_rate)
+        def noted(iterator: Any) -> Any:
+            rates[-1].append(float(net.optimizer.learning_rate))
+            return train(iterator)
+
+        net.train_function = noted
+
+    patch.setattr(keras.Model, "make_train_function", noting)
+    params = {"epochs": 4, "batch_size": 6, "filters": 16, "schedule": "cosine"} | change
+    fitted = cnn.fit(
+        params_of("cnn", params), LETTERS, LETTERS, 3, lambda step, value: bool(rates.append([]))
+    )
+    return fitted, rates[:-1]
 
 
-@pytest.mark.parametrize(
-    ("left", "n_epochs"),
-    [(0.0, 5), (2.2, 6), (4.3, 8)],  # an epoch takes 1, and a twentieth is for those that take more
-)
+# Of the 4 CPU-seconds each batch has taken 0.2, and a twentieth of what is left is for dearer ones.
+@pytest.mark.parametrize(("left", "n_batches"), [(0.0, 1), (2.0, 4), (3.9, 9), (9.0, 10)])
 def test_a_fit_that_its_grant_cannot_pay_for_ends_its_schedule_sooner(
-    left: float, n_epochs: int, monkeypatch: pytest.MonkeyPatch
+    left: float, n_batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_keras, "METER", Grant(left))
-    values, fitted, rate = shortened()
-    assert len(values) == fitted.n_steps == n_epochs
-    # Law: at the end of whatever was done the learning rate is 0.
-    assert rate == pytest.approx(0, abs=1e-8)
-    assert fitted.found == ({"last_epoch": n_epochs} if n_epochs < 8 else {})
-    # Law: the same again comes of it where that is given, whatever the grant.
-    monkeypatch.setattr(_keras, "METER", Grant(3.2))
-    again, same, _ = shortened(last_epoch=n_epochs)
-    assert again == values
-    assert (same.n_steps, same.found) == (n_epochs, {})
+    fitted, rates = halves(monkeypatch)
+    assert [len(epoch) for epoch in rates] == [10, 10, n_batches, n_batches]
+    assert fitted.n_steps == 4
+    # Law: whatever it may do, the learning rate falls as far.
+    last = 0.5e-3 * (1 - math.cos(math.pi * 10 / n_batches / 36))  # with the last batch to do
+    assert rates[-1][-1] == pytest.approx(last, rel=1e-3)
+    falling = sum(rates, [])[4:]
+    assert falling == sorted(falling, reverse=True)
+    assert fitted.found == ({"late_letters": 6 * n_batches} if n_batches < 10 else {})
+    # Law: the same comes of it again where that is given, whatever the grant.
+    monkeypatch.setattr(_keras, "METER", Grant(3.0))
+    same, again = halves(monkeypatch, late_letters=6 * n_batches)
+    assert (again, same.found) == (rates, {})
     np.testing.assert_allclose(same.predict(IMAGES), fitted.predict(IMAGES), atol=1e-5)
 
 
-def test_a_fit_without_a_schedule_is_shortened_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_keras, "METER", Grant(2.2))
-    values, fitted, rate = shortened(schedule="constant")
-    assert (len(values), fitted.found) == (6, {"last_epoch": 6})
-    assert rate == pytest.approx(1e-3)
+def test_a_constant_rate_stays_where_a_fit_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_keras, "METER", Grant(2.0))
+    rates = halves(monkeypatch, schedule="constant", average=0.99)[1]
+    assert [len(epoch) for epoch in rates] == [10, 10, 4, 4]
+    assert sum(rates, []) == pytest.approx([1e-3] * 28)
 
 
-def test_a_fit_that_nothing_limits_or_that_is_short_has_all_its_epochs(
+def test_what_nothing_limits_has_all_letters_in_each_epoch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert len(shortened()[0]) == 8
-    monkeypatch.setattr(_keras, "METER", Grant(0.0))
-    assert len(shortened(epochs=2)[0]) == 2
+    fitted, rates = halves(monkeypatch)
+    assert [len(epoch) for epoch in rates] == [10] * 4
+    assert fitted.found == {}
+    monkeypatch.setattr(_keras, "METER", Grant(0.0))  # a single epoch has no half
+    assert [len(epoch) for epoch in halves(monkeypatch, epochs=1)[1]] == [10]
+    assert [len(epoch) for epoch in halves(monkeypatch, late_letters=1000)[1]] == [10] * 4
 
 
-@pytest.mark.parametrize(("n_epochs", "last", "first"), [(8, 4, 5), (8, 9, 5), (1, 2, 1)])
-def test_an_end_outside_of_the_second_half_is_a_sentence(
-    n_epochs: int, last: int, first: int
-) -> None:
-    rule = (
-        "last_epoch must be 0 or lie in the second half of the epochs, "
-        f"from {first} to {n_epochs} where epochs is {n_epochs}, but {last} came: pass one of these"
-    )
-    with pytest.raises(UserError, match=rule):
-        fit(epochs=n_epochs, last_epoch=last)
+def test_a_fit_ends_where_it_is_told_to_in_either_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_keras, "METER", Grant(2.0))
+    for end in (1, 3):
+        steps: list[int] = []
+
+        def report(step: int, value: float, steps: list[int] = steps, end: int = end) -> bool:
+            steps.append(step)
+            return step == end
+
+        params = params_of("cnn", {"epochs": 4, "filters": 16})
+        fitted = cnn.fit(params, LETTERS, LETTERS, 3, report)
+        assert (steps[-1], fitted.n_steps) == (end, 4)
 
 
 def test_averaged_weights_are_others() -> None:

@@ -1,7 +1,6 @@
 """Screen, race and confirm, with fits that cost and score what a formula says."""
 
 import itertools
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -171,7 +170,7 @@ def test_a_budget_is_screened_raced_and_confirmed(tmp_path: Path, total: float) 
 def test_a_fit_that_shortens_itself_is_planned_with_its_whole_grant(tmp_path: Path) -> None:
     driver = Driver(tmp_path, 1200)
     driver.phases.member = cast(ModuleType, SimpleNamespace(**vars(MODEL)))
-    driver.phases.member.PARAMS = MODEL.PARAMS | {"last_epoch": Param(0, IntDistribution(0, 30))}
+    driver.phases.member.PARAMS = MODEL.PARAMS | {"late_letters": Param(0, IntDistribution(0, 400))}
     driver.run()
     first = driver.of("race")[0]
     spent = EXTRA + step(first.trial.params) * first.trial.params["epochs"]
@@ -188,8 +187,8 @@ def screened(accuracy: float, short: float) -> Outcome:
     ("n_affordable", "length"),
     [
         (0.2, (0, 0)),  # of 450, which is 40 letters and a look: fewer than the screen has
-        (0.4, (1, 130)),
-        (1.0, (1, 0)),
+        (0.5, (2, 62)),
+        (1.0, (2, 175)),  # at half of one epoch no fit can see what it costs
         (1.5, (2, 287)),
         (3.05, (3, 0)),  # 4 epochs of 293 are fewer than 3 of 400
         (3.8, (4, 377)),
@@ -203,11 +202,11 @@ def test_few_steps_are_on_as_many_letters_as_the_grant_pays_for(
     driver, short = Driver(tmp_path, 1200), 4.0
     one = screened(0.8, short)
     grant = (n_affordable * GROWTH.cost * short + EXTRA) / MARGIN + 1e-6
-    assert driver.phases._length(one, grant) == length
-    # Law: none that the screen's letters are all of is ever shortened so.
-    driver.phases.growth = Growth(n_train=100, n_short=100, looks=50.0)
-    n_steps = min(math.floor(n_affordable * GROWTH.cost + 1e-6), 30)
-    assert driver.phases._length(one, grant) == (n_steps, 0)
+    found = driver.phases._length(one, grant)
+    assert found == length
+    # Law: what it is planned to cost, with a look at val after each step, is in its grant.
+    letters = found.n_steps * ((found.n_letters or GROWTH.n_train) + GROWTH.looks)
+    assert EXTRA + letters / 150 * short <= MARGIN * grant + 1e-6
 
 
 def test_what_pays_for_no_whole_step_races_on_some_letters(tmp_path: Path) -> None:

@@ -17,13 +17,19 @@ def _quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def _play(*costs: float, number: int = 0, lower: float = 0.0, overdraft: float = 0.0) -> Referee:
+def _play(
+    *costs: float,
+    number: int = 0,
+    lower: float = 0.0,
+    overdraft: float = 0.0,
+    shortened_after: int = 0,
+) -> Referee:
     """A trial with a grant of 25, of which 2 are for logging, that has spent ``costs`` by step."""
     pruner = optuna.pruners.ThresholdPruner(lower=lower)
     study = optuna.create_study(direction="maximize", pruner=pruner)
     for _ in range(number):
         study.ask()
-    referee = Referee(study.ask(), 25.0, 2.0)
+    referee = Referee(study.ask(), 25.0, 2.0, shortened_after)
     for step, cost in enumerate(costs, 1):
         report = {"step": step, "val_accuracy": 0.5, "cpu_seconds": cost, "bill": {"fit": cost}}
         if referee(report, overdraft):
@@ -41,6 +47,13 @@ def test_a_step_that_would_not_fit_is_not_begun() -> None:
     referee = _play(4.0, 14.0, 24.0)
     assert referee.state == "over_budget"
     assert len(referee.curve) == 2
+
+
+def test_a_step_that_the_fit_shortens_is_begun() -> None:
+    # After 14 a whole step of 10 would not fit, one of a quarter does: it ends at 16.5 of 23.
+    assert _play(4.0, 14.0, shortened_after=2).state == "complete"
+    assert _play(4.0, 14.0, shortened_after=3).state == "over_budget"
+    assert _play(2.0, 19.0, shortened_after=2).state == "over_budget"  # 4.25 more are too many
 
 
 def test_what_the_sweep_needs_beside_a_trial_is_taken_from_its_grant() -> None:
