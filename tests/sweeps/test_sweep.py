@@ -24,6 +24,7 @@ from pipeline import models
 from pipeline.spec import UserError
 from sweeps import engine, phases, sweep
 from sweeps.budget import RESERVE_CPU_SECONDS, Ledger, own_cpu_seconds
+from sweeps.trial import Referee
 
 FIGURES = {
     "bill.png",
@@ -160,12 +161,30 @@ def test_a_fit_of_any_length_is_screened_raced_and_confirmed(sweeps: Sweeps) -> 
 def test_a_small_budget_says_that_the_spread_is_unknown(sweeps: Sweeps) -> None:
     sweeps.patch.setattr(phases, "SCREEN_SHARE", 1e-6)
     sweeps.patch.setattr(phases, "shares", lambda *given: phases.Shares(1, 0, 600.0))
-    grant = "from pipeline.bill import METER; assert 0 < METER.left() < 1000"  # which a fit may ask
-    sweeps.run(any_length(before=grant), workers=1)
+    sweeps.run(any_length(), workers=1)
     assert sweeps.tags("phase") == ["screen", "race"]
-    assert sweeps.tags("state") == ["complete", "complete"]
     assert "its spread is unknown" in sweeps.parent.data.tags["mlflow.note.content"]
     assert "confirmed_val_accuracy_std" not in sweeps.parent.data.metrics
+
+
+def test_a_fit_that_shortens_itself_is_told_its_grant_and_not_stopped_before(
+    sweeps: Sweeps,
+) -> None:
+    halves: list[int] = []
+
+    def noting(trial: Any, grant: float, logging: float, half: int) -> Referee:
+        halves.append(half)
+        return Referee(trial, grant, logging, half)
+
+    sweeps.patch.setattr(phases, "SCREEN_SHARE", 1e-6)
+    sweeps.patch.setattr(phases, "shares", lambda *given: phases.Shares(1, 0, 600.0))
+    sweeps.patch.setattr(engine, "Referee", noting)
+    source = any_length(before="from pipeline.bill import METER; assert 0 < METER.left() < 1000")
+    late = 'PARAMS = {"late_letters": Param(0, IntDistribution(0, 9)),'
+    sweeps.run(source.replace("PARAMS = {", late), workers=1)
+    assert sweeps.tags("state") == ["complete", "complete"]
+    assert [trial.data.params["steps"] for trial in sweeps.trials] == ["1", "5"]
+    assert halves == [0, 2]
 
 
 def test_a_model_of_one_precision_refuses_another(sweeps: Sweeps) -> None:
