@@ -23,9 +23,10 @@ cluster-demo: $(BIN)/.dev
 sweep: venv
 	$(RUN) -e sweep -P model=$(MODEL) -P cpu_minutes=$(CPU_MINUTES)
 
+# Jobs are those of language models: eight processes more.
 ui: venv
 	@echo "open http://127.0.0.1:5000/#/experiments/0/runs?workflowType=machine_learning&viewStateShareKey=sweeps"
-	$(BIN)/mlflow ui
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui
 
 test: $(BIN)/.dev
 	$(BIN)/python -m pytest

@@ -25,7 +25,11 @@ class Server(services.HttpService):
         words = ["server", "--backend-store-uri", store_uri, "--port", str(self.port)]
         words += ["--artifacts-destination", str(self.folder / "served"), "--workers", "1"]
         self.command = [sys.executable, "-m", "mlflow", *words]
-        self.environment = {**os.environ, "MLFLOW_TRACKING_URI": ""}
+        self.environment = {
+            **os.environ,
+            "MLFLOW_TRACKING_URI": "",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # as in compose.yaml; 8 processes more
+        }
 
     def start(self) -> None:
         self._launch(self.command, self._answers, self.environment)
