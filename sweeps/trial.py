@@ -191,6 +191,8 @@ class Referee:
             error = death(event)
         elif end["whole"]:  # then a verdict on a next step is moot
             state = "complete"
+        elif state == "complete":  # the fit itself has ended before its last step
+            state = "over_budget"
         total = event["cpu_seconds"]
         if "bill" in end:
             bill = completed(end["bill"], total)

@@ -1,6 +1,5 @@
 """What the two networks share: how they are trained and saved. Imports TensorFlow."""
 
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -39,7 +38,7 @@ WHOLE_EPOCHS = 10  # from so many on letters are distorted with full strength
 MAX_DRAWN = 1 << 17
 ROUNDS = 16  # of the cipher that computes it; with the usual 4 the orders of epochs are correlated
 WARM_UP = 0.1  # share of the schedule in which the learning rate rises
-SAFE = 0.95  # of what is left at half of a fit, that is planned with: epochs vary in cost
+SAFE = 0.9  # of what is left at half of a fit, that is planned with: epochs vary in cost
 
 
 class _Schedule(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
@@ -65,31 +64,27 @@ class _Shortening(keras.callbacks.Callback):  # type: ignore[misc]
     A learning rate that is still high when the CPU-seconds are gone leaves a bad model: its
     schedule is to complete. What a fit costs is known from a sweep's screen, but a machine may have
     become busier since, and takes more CPU-seconds for the same work: at half of it that is seen.
+    Where they end all the same, the fit ends with the epoch before (``cut``).
     """
 
     def __init__(self, params: Params, n_batches: int, reporter: "_Reporter") -> None:
         super().__init__()
         self.n_epochs, self.batch_size = int(params["epochs"]), int(params["batch_size"])
-        self.n_batches = n_batches
         self.half, self.reporter = self.n_epochs // 2, reporter
+        self.n_batches = n_batches  # of an epoch, from now on
         self.given = math.ceil(params[LATE_LETTERS] / self.batch_size)
         self.found: Params = {}
+        self.cut, self.n_done = False, 0  # batches of this epoch
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        if epoch != self.half or epoch == 0:
-            return
-        n_batches = self.given or self._affordable()
-        if n_batches >= self.n_batches:
-            return
-        if not self.given:
-            self.found = {LATE_LETTERS: n_batches * self.batch_size}
-        optimizer = self.model.optimizer
-        if isinstance(optimizer._learning_rate, _Schedule):
-            optimizer._learning_rate.hasten(self.half * self.n_batches, self.n_batches / n_batches)
-        self._end_epochs_after(n_batches)
+        self.n_done = 0
+        if epoch == 1:  # a fit that has no epoch yet has no model
+            self._watch_batches()
+        if epoch == self.half and epoch > 0:
+            self._shorten(min(self.n_batches, self.given or self._affordable()))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        self.model.stop_training = False  # the epoch has ended, not the fit
+        self.model.stop_training = self.cut  # else the epoch has ended, not the fit
 
     def _affordable(self) -> int:
         """Batches of an epoch for what is left, by what those before have cost; at least 1."""
@@ -101,16 +96,26 @@ class _Shortening(keras.callbacks.Callback):  # type: ignore[misc]
         epoch = SAFE * left / (self.n_epochs - self.half) - looks / self.half
         return max(1, math.floor(epoch / batch))
 
-    def _end_epochs_after(self, n_batches: int) -> None:
-        """Have Keras end each epoch so early; the next one goes on with the letters that follow."""
-        train, calls = self.model.train_function, itertools.count(1)
+    def _shorten(self, n_batches: int) -> None:
+        if n_batches < self.n_batches and not self.given:
+            self.found = {LATE_LETTERS: n_batches * self.batch_size}
+        rate = self.model.optimizer._learning_rate
+        if isinstance(rate, _Schedule):
+            rate.hasten(self.half * self.n_batches, self.n_batches / n_batches)
+        self.n_batches = n_batches
 
-        def counting(iterator: Any) -> Any:
+    def _watch_batches(self) -> None:
+        """Have Keras end an epoch early; the next one goes on with the letters that follow."""
+        train = self.model.train_function
+
+        def watched(iterator: Any) -> Any:
             logs = train(iterator)
-            self.model.stop_training = next(calls) % n_batches == 0
+            self.n_done += 1
+            self.cut = METER.left() < 0
+            self.model.stop_training = self.cut or self.n_done == self.n_batches
             return logs
 
-        self.model.train_function = counting
+        self.model.train_function = watched
 
 
 class _Reporter(keras.callbacks.Callback):  # type: ignore[misc]
@@ -132,6 +137,8 @@ class _Reporter(keras.callbacks.Callback):  # type: ignore[misc]
         self.looks = 0.0  # CPU-seconds that the answers have taken
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        if self.model.stop_training:
+            return  # this epoch was cut: what counts is the one before
         assert logs is not None
         if not math.isfinite(logs["loss"]):
             raise FloatingPointError(f"the loss is {logs['loss']} after epoch {epoch + 1}")

@@ -389,7 +389,7 @@ def halves(patch: pytest.MonkeyPatch, **change: Any) -> tuple[Any, list[list[flo
     return fitted, rates[:-1]
 
 
-# Of the 4 CPU-seconds each batch has taken 0.2, and a twentieth of what is left is for dearer ones.
+# Of the 4 CPU-seconds each batch has taken 0.2, and a tenth of what is left is for dearer ones.
 @pytest.mark.parametrize(("left", "n_batches"), [(0.0, 1), (2.0, 4), (9.0, 10)])
 def test_a_fit_that_its_grant_cannot_pay_for_ends_its_schedule_sooner(
     left: float, n_batches: int, monkeypatch: pytest.MonkeyPatch
@@ -427,6 +427,30 @@ def test_what_nothing_limits_has_all_letters_in_each_epoch(
     monkeypatch.setattr(_keras, "METER", Grant(0.0))  # a single epoch has no half
     assert [len(epoch) for epoch in halves(monkeypatch, epochs=1)[1]] == [10]
     assert [len(epoch) for epoch in halves(monkeypatch, late_letters=1000)[1]] == [10] * 4
+
+
+@pytest.mark.parametrize("average", [0.0, 0.99])
+def test_a_fit_whose_grant_ends_in_an_epoch_has_the_model_of_the_one_before(
+    average: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Looked at once a batch from the second epoch on, and once at half: the fifth of the third.
+    lefts = iter([9.0] * 15 + [-0.1])
+    grant = Grant(0.0)
+    grant.left = lambda: next(lefts)
+    monkeypatch.setattr(_keras, "METER", grant)
+    fitted, rates = halves(monkeypatch, average=average)
+    assert [len(epoch) for epoch in rates] == [10, 10]  # those that are told of
+    assert fitted.n_steps == 4
+    monkeypatch.setattr(_keras, "METER", Grant(9.0))
+    params = {"epochs": 4, "batch_size": 6, "filters": 16, "schedule": "cosine"}
+    two = cnn.fit(
+        params_of("cnn", params | {"average": average}),
+        LETTERS,
+        LETTERS,
+        3,
+        lambda step, value: step == 2,
+    )
+    np.testing.assert_allclose(fitted.predict(IMAGES), two.predict(IMAGES), atol=1e-5)
 
 
 def test_a_fit_ends_where_it_is_told_to_in_either_half(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,7 @@ def test_the_pruner_stops_a_trial_but_never_the_baseline() -> None:
     [
         ({}, "complete", None),
         ({"end": {"whole": False, "model_uri": "models:/m-1"}}, "pruned", None),
+        ({"end": {"whole": False, "model_uri": "models:/m-1"}}, "over_budget", None),
         ({"end": {"over_budget": True}, "over_budget": True}, "over_budget", None),
         ({"end": {"failure": "nan_loss", "error": "x"}}, "failed", "nan_loss"),
         ({"end": None, "signal": 9}, "killed", "killed"),
