@@ -34,6 +34,7 @@ VALIDATION = 0.27
 MARGIN = 0.9
 LENGTH = 3.0  # whole fits are sqrt(steps that the budget pays for) / LENGTH; the rest is theirs
 N_CONFIRMING = 2  # further seeds of the winner, or none: two fits tell no spread
+ENOUGH = 12  # steps of each of three fits, that make them better than two longer ones
 SPARE = 0.5  # of a whole fit's share, that is enough for another one
 FEWEST_STEPS = 3  # of a racing trial, if any of the screen can do so many
 WORTH = 1.05  # times the letters that whole steps would see; for less no fit leaves some out
@@ -98,11 +99,14 @@ class Shares(NamedTuple):
 def shares(left: float, step: float, extra: float, max_steps: int) -> Shares:
     """Whole fits that ``left`` CPU-seconds pay for, where a step of a good one takes ``step``.
 
-    Both grow with the square root of the budget: the number of fits, and their length. ``extra``
-    is what a fit costs beside its steps; more than ``max_steps`` steps serve no fit.
+    Both grow with the square root of the budget: the number of fits, and their length. But there
+    are no two where three have ``ENOUGH`` steps: so a winner has further seeds. ``extra`` is what a
+    fit costs beside its steps; more than ``max_steps`` steps serve no fit.
     """
     n_steps = left / max(step, 1e-6)
     n_fits = max(1, round(math.sqrt(n_steps) / LENGTH), round(left / (max_steps * step + extra)))
+    if n_fits == N_CONFIRMING and n_steps >= ENOUGH * (1 + N_CONFIRMING):
+        n_fits = 1 + N_CONFIRMING
     n_confirming = N_CONFIRMING if n_fits > N_CONFIRMING else 0
     return Shares(n_fits - n_confirming, n_confirming, left / n_fits)
 
