@@ -158,15 +158,24 @@ def run(job: Job, root: Path, policy: str) -> list[dict[str, Any]]:
         else:
             uncounted = sum(one["uncounted"] for one in found)
     spent = total - uncounted
-    return [dict(zip(KEYS, key, strict=True)) | _row(key, found, spent) for key in job.keys()]
+    rows = [_row(key, found, spent, key[2] < budget) for key in job.keys()]
+    return [
+        dict(zip(KEYS, key, strict=True)) | row for key, row in zip(job.keys(), rows, strict=True)
+    ]
 
 
 def _row(
-    key: tuple[str, str, int, str, int], found: Sequence[dict[str, Any]], spent: float
+    key: tuple[str, str, int, str, int],
+    found: Sequence[dict[str, Any]],
+    spent: float,
+    larger: bool = False,
 ) -> dict[str, Any]:
-    """Figures of an arm at one budget, of all that it found until it had spent so much."""
+    """Figures of an arm at one budget, of all that it found until it had spent so much.
+
+    ``larger`` says that it was run to a larger one, so that what it has spent is no overrun.
+    """
     _, model, budget, arm, _ = key
-    later = spent > OVERTIME * budget  # it ran on, to a larger budget
+    later = larger and spent > budget
     within = [one for one in found if one["cpu"] <= budget]
     fits = [one for one in within if one["fit"] > 0]
     # Ours says which model it chose: the race's winner, not the luckiest trial.

@@ -290,7 +290,8 @@ def test_a_row_is_what_was_found_within_its_budget() -> None:
         {"val": 0.91, "test": None, "cpu": 400.0, "fit": 285.0},
     ]
     early, late = (
-        peers._row(("whole", "cnn", budget, "random", 0), found, 902.0) for budget in (300, 900)
+        peers._row(("whole", "cnn", budget, "random", 0), found, 902.0, budget < 900)
+        for budget in (300, 900)
     )
     assert (early["test_accuracy"], late["test_accuracy"]) == (0.6, 0.9)
     assert (early["n_fits"], late["n_fits"]) == (1, 2)
@@ -301,6 +302,10 @@ def test_a_row_is_what_was_found_within_its_budget() -> None:
     assert late["overrun"] == pytest.approx(2 / 900)
     assert early["overhead_share"] == pytest.approx(0.25)
     assert late["overhead_share"] == pytest.approx(0.1)
+    # Be it by little, as one that ends soon after it.
+    soon = peers._row(("whole", "cnn", 300, "deck", 0), found, 301.0, larger=True)
+    assert soon["cpu_seconds"] == 300
+    assert np.isnan(soon["overrun"])
     nothing = peers._row(("whole", "cnn", 300, "random", 0), [], 301.0)
     assert nothing["test_accuracy"] == pytest.approx(1 / 26)
     assert np.isnan(nothing["overhead_share"])
