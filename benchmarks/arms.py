@@ -28,7 +28,8 @@ PLAIN = {
     "knn": ("n_neighbors", "weights", "deskew", "blur", "n_components"),
 }
 # What our sweep never searches, for how it works and not for what is known of letters: it compares
-# fits by schedules that complete, each finds the best of these two for nothing, or shortens itself.
+# fits by schedules that complete, neighbours are counted and weighed for nothing, and how far a fit
+# must shorten itself is its grant's to say.
 METHOD = ("schedule", "n_neighbors", "weights", LATE_LETTERS)
 Report = Callable[[int, float], bool]
 # The project's sweep, and what it is without one of its parts.

@@ -158,9 +158,9 @@ def run(job: Job, root: Path, policy: str) -> list[dict[str, Any]]:
         else:
             uncounted = sum(one["uncounted"] for one in found)
     spent = total - uncounted
-    rows = [_row(key, found, spent, key[2] < budget) for key in job.keys()]
     return [
-        dict(zip(KEYS, key, strict=True)) | row for key, row in zip(job.keys(), rows, strict=True)
+        dict(zip(KEYS, key, strict=True)) | _row(key, found, spent, key[2] < budget)
+        for key in job.keys()
     ]
 
 

@@ -144,7 +144,8 @@ class Fitted:
         predict: letters in (n, 28, 28) uint8, probabilities out (n, 26) float32.
         save_model: stores it as an MLflow model, with the arguments of a flavour's ``save_model``:
             path, mlflow_model, signature, input_example, pip_requirements.
-        n_steps: steps of a whole fit, which is more than were done where ``report`` stopped it.
+        n_steps: steps of a whole fit, which is more than were done where ``report`` stopped it, or
+            where its CPU-seconds ended in a step.
         requirements: distributions that the logged model needs; versions come from the lock.
         found: hyperparameters that were left to the fit, as it has found them.
     """
