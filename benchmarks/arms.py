@@ -18,7 +18,7 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from pipeline import models, registry
 from pipeline.bill import METER
-from pipeline.spec import LATE_LETTERS, Dataset, Param, Params, Part
+from pipeline.spec import LATE_LETTERS, TTA, Dataset, Param, Params, Part
 
 EPOCHS = 10  # of a whole fit, as the deck has it
 # What a user of these tuners would search: the deck's network, and how Adam trains it.
@@ -47,7 +47,7 @@ class Objective:
         self.made_of = (model, root, seed, whole, policy, folder)
         space: Mapping[str, Param] = self.member.PARAMS
         self.fixed = {name: param.default for name, param in space.items()}
-        given = ("epochs", LATE_LETTERS, "n_letters", "dtype_policy")
+        given = ("epochs", LATE_LETTERS, "n_letters", TTA, "dtype_policy")
         searched = [name for name in space if name not in given]
         if whole:
             searched = [name for name in searched if name in PLAIN[model]]

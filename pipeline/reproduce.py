@@ -17,7 +17,7 @@ from mlflow.entities import Run as RunEntity
 
 from pipeline import cli, environment, evaluate, tracking
 from pipeline.checkout import checkout, step_of
-from pipeline.spec import LATE_LETTERS, UserError
+from pipeline.spec import LATE_LETTERS, TTA, UserError
 
 OPTIONS: dict[str, cli.Convert] = {"run_id": cli.text, "archive": cli.text, "data_dir": cli.text}
 RECORDED = "recorded"  # the archive that the run was given
@@ -138,8 +138,8 @@ def hyperparameters(source: RunEntity) -> dict[str, str]:
     """
     params = source.data.params
     left = {name: value for name, value in params.items() if not name.startswith("found_")}
-    late = params.get(f"found_{LATE_LETTERS}")
-    return left | ({LATE_LETTERS: late} if late else {})
+    short = {name: params.get(f"found_{name}") for name in (LATE_LETTERS, TTA)}
+    return left | {name: value for name, value in short.items() if value}
 
 
 def check_digest(source: RunEntity, made: RunEntity, archive: str) -> None:

@@ -33,6 +33,8 @@ Params = dict[str, Any]
 
 # A hyperparameter of models whose fit shortens itself where its grant is too small: to how much.
 LATE_LETTERS = "late_letters"
+# One of models that do test-time augmentation: copies of a letter that an answer is the mean of.
+TTA = "tta"
 
 # report(step, val_accuracy) -> True if the fit must stop here and return what it has.
 # A step is an epoch for the networks and a tenth of the training letters for KNN.

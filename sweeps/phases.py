@@ -17,7 +17,7 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from pipeline.spec import LATE_LETTERS, Dataset, Params
+from pipeline.spec import LATE_LETTERS, TTA, Dataset, Params
 from sweeps import search
 from sweeps.budget import GRANT_SHARE
 from sweeps.trial import Outcome
@@ -62,16 +62,23 @@ class Growth(NamedTuple):
         n_train: letters that a step of a whole fit sees.
         n_short: those that a step of the screen does.
         looks: letters to train on for which one could look at val, as each step does.
+        last: those for which the last look of a whole fit could be, beside a step's.
     """
 
     n_train: int
     n_short: int
     looks: float
+    last: float = 0.0
 
     @property
     def cost(self) -> float:
         """CPU time of a step of a whole fit, by one of the screen."""
         return (self.n_train + self.looks) / (self.n_short + self.looks)
+
+    @property
+    def extra(self) -> float:
+        """CPU time of a whole fit beside its steps, by a step of the screen."""
+        return self.last / (self.n_short + self.looks)
 
 
 class Length(NamedTuple):
@@ -85,7 +92,8 @@ def growth(member: ModuleType, data: Dataset) -> Growth:
     """How much more a step of a model's whole fit is, where a screen sees some letters only."""
     n_train, n_val = (len(data.part(name).labels) for name in ("train", "val"))
     n_short = min(search.short_fit(member).get(N_LETTERS) or n_train, n_train)
-    return Growth(n_train, n_short, VALIDATION * n_val)
+    looks = VALIDATION * n_val
+    return Growth(n_train, n_short, looks, looks * (search.whole(member).get(TTA, 1) - 1))
 
 
 class Shares(NamedTuple):
@@ -224,7 +232,7 @@ class Phases:
         whole = Length(min(math.floor(n_affordable), max_steps(self.member)))
         if N_LETTERS not in search.short_fit(self.member):
             return whole
-        n_train, n_short, looks = self.growth
+        n_train, n_short, looks, _ = self.growth
         n_steps = max(2, whole.n_steps + 1)
         n_letters = math.floor(n_affordable / n_steps * (n_train + looks) - looks)
         part = Length(n_steps, n_letters)
@@ -240,7 +248,8 @@ class Phases:
     def _costs(self, screened: Outcome) -> tuple[float, float]:
         """CPU-seconds of a whole fit's step, and beside its steps, from a short fit."""
         short = max(screened.bill.get("fit", 0.0), 1e-3)
-        return self.growth.cost * short, screened.cpu_seconds - short
+        extra = screened.cpu_seconds - short + self.growth.extra * short
+        return self.growth.cost * short, extra
 
     def _promising(self, screened: Sequence[Outcome], grant: float) -> list[Outcome]:
         """What can race with a grant, by the error that its schedule is expected to end with."""

@@ -114,7 +114,8 @@ def short_fit(member: ModuleType) -> Params:
 def whole(member: ModuleType) -> Params:
     """What the fits of a race have in the place of ``short_fit``, but for the number of steps."""
     names = [name for name in short_fit(member) if name != member.STEPS]
-    return {name: member.PARAMS[name].default for name in names}
+    fixed: Params = getattr(member, "FIXED", {})
+    return {name: fixed.get(name, member.PARAMS[name].default) for name in names}
 
 
 @charge("search")

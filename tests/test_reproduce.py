@@ -276,9 +276,10 @@ def test_what_a_fit_has_found_is_left_to_it_again(desk: Desk) -> None:
     params = reproduce.hyperparameters(desk.store.get_run(found))
     assert params == source.data.params
     # But for how far its CPU-seconds have let it come: another machine's are not the same.
-    found = desk.like(source, params={"late_letters": 0, "found_late_letters": 96})
+    short = {"late_letters": 0, "found_late_letters": 96, "tta": 5, "found_tta": 1}
+    found = desk.like(source, params=short)
     params = reproduce.hyperparameters(desk.store.get_run(found))
-    assert params == source.data.params | {"late_letters": "96"}
+    assert params == source.data.params | {"late_letters": "96", "tta": "1"}
 
 
 @pytest.mark.parametrize(

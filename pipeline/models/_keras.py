@@ -16,6 +16,8 @@ from pipeline.bill import METER, charge
 from pipeline.spec import (
     LATE_LETTERS,
     LETTERS,
+    SIDE,
+    TTA,
     Fitted,
     Images,
     Params,
@@ -39,6 +41,8 @@ MAX_DRAWN = 1 << 17
 ROUNDS = 16  # of the cipher that computes it; with the usual 4 the orders of epochs are correlated
 WARM_UP = 0.1  # share of the schedule in which the learning rate rises
 SAFE = 0.9  # of what is left at half of a fit, that is planned with: epochs vary in cost
+# Where a letter begins in its picture with a pixel around it: in the middle, and shifted by one.
+SHIFTS = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
 
 
 class _Schedule(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
@@ -91,9 +95,10 @@ class _Shortening(keras.callbacks.Callback):  # type: ignore[misc]
         left: float = METER.left()
         if math.isinf(left):
             return self.n_batches
-        looks = self.reporter.looks
-        batch = (METER.seconds()["fit"] - looks) / (self.half * self.n_batches)
-        epoch = SAFE * left / (self.n_epochs - self.half) - looks / self.half
+        look = self.reporter.looks / self.half
+        batch = (METER.seconds()["fit"] / self.half - look) / self.n_batches
+        left -= (self.reporter.n_wanted - 1) * look  # the last one is at so many copies
+        epoch = SAFE * left / (self.n_epochs - self.half) - look
         return max(1, math.floor(epoch / batch))
 
     def _shorten(self, n_batches: int) -> None:
@@ -122,18 +127,17 @@ class _Reporter(keras.callbacks.Callback):  # type: ignore[misc]
     """Passes the validation accuracy of every epoch on, and stops where ``report`` says so.
 
     It is that of ``answering``, a network in float32 that has the trained one's weights, as the one
-    that is logged has. ``predict`` gives its answers.
+    that is logged has. ``predict`` gives its answers: after the last epoch the mean of those to
+    shifted copies, if the recipe asks for that and the grant pays for it. Before, that would cost
+    too much, and be worth the same to each.
     """
 
-    def __init__(
-        self,
-        answering: Any,
-        predict: Callable[[Images], Probabilities],
-        val: Part,
-        report: Report,
-    ) -> None:
+    def __init__(self, answering: Any, params: Params, val: Part, report: Report) -> None:
         super().__init__()
-        self.answering, self.predict, self.val, self.report = answering, predict, val, report
+        self.answering, self.val, self.report = answering, val, report
+        self.predict = _answers(answering)
+        self.n_epochs, self.n_wanted = int(params["epochs"]), int(params[TTA])
+        self.n_copies = 1  # that an answer is the mean of
         self.looks = 0.0  # CPU-seconds that the answers have taken
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
@@ -147,6 +151,11 @@ class _Reporter(keras.callbacks.Callback):  # type: ignore[misc]
         if epoch == 0:
             with charge("tracing"):
                 self.predict(images[:1])
+        look = self.looks / max(1, epoch)
+        last = epoch + 1 == self.n_epochs
+        if last and self.n_wanted > 1 and METER.left() >= self.n_wanted * look:
+            self.n_copies = self.n_wanted
+            self.predict = _averaged(self.predict, self.n_copies)
         began = time.process_time()
         guess = self.predict(images).argmax(axis=1)
         self.looks += time.process_time() - began
@@ -190,8 +199,7 @@ def fit(
         net.optimizer.build(net.trainable_variables)
         net.make_train_function()
         _charge_first_call(net, "train_function", tracing)
-        predict = _answers(answering)
-        reporter = _Reporter(answering, predict, val, report)
+        reporter = _Reporter(answering, params, val, report)
         shortening = _Shortening(params, n_batches, reporter)
         callbacks = [shortening, reporter]  # who has the last word
         if params["average"]:  # before the reporter, who is to see the averaged weights
@@ -204,12 +212,14 @@ def fit(
             shuffle=False,  # the batches are, each epoch anew
             verbose=0,
         )
+    rebuild = partial(build, params) if build_fused else None
+    fewer = {TTA: reporter.n_copies} if reporter.n_copies < params[TTA] else {}
     return Fitted(
-        predict=predict,
-        save_model=partial(_save_model, answering, partial(build, params) if build_fused else None),
+        predict=reporter.predict,
+        save_model=partial(_save_model, answering, rebuild, reporter.n_copies),
         requirements=("tensorflow", "keras", "numpy"),
         n_steps=params["epochs"],
-        found=shortening.found,
+        found=shortening.found | fewer,
     )
 
 
@@ -300,12 +310,14 @@ def _charge_first_call(net: Any, name: str, charged: AbstractContextManager[Any]
 
 
 def _save_model(
-    net: Any, build: Callable[[], keras.Model] | None, path: str, **arguments: Any
+    net: Any, build: Callable[[], keras.Model] | None, n_copies: int, path: str, **arguments: Any
 ) -> None:
     """As an MLflow flavour's ``save_model``: a network, or its weights in what ``build`` makes."""
     if build:
         weights, net = net.get_weights(), build()
         net.set_weights(weights)
+    if n_copies > 1:
+        net = _averaging(net, n_copies)
     Path(path).mkdir()  # else mlflow.keras has no folder yet to write the input example to
     mlflow.keras.save_model(net, path, **arguments)
 
@@ -324,3 +336,34 @@ def _answers(net: Any) -> Callable[[Images], Probabilities]:
         return np.concatenate([call(images[i : i + PREDICT_BATCH]).numpy() for i in starts])
 
     return predict
+
+
+def _copies(letters: Any, n_copies: int) -> list[Any]:
+    """Letters (n, 28, 28), and copies of all that are shifted by a pixel, in arrays or a graph."""
+    framed = keras.ops.pad(letters, ((0, 0), (1, 1), (1, 1)))
+    return [framed[:, y : y + SIDE, x : x + SIDE] for y, x in SHIFTS[:n_copies]]
+
+
+def _averaged(
+    predict: Callable[[Images], Probabilities], n_copies: int
+) -> Callable[[Images], Probabilities]:
+    """What answers with the mean of what ``predict`` answers to copies.
+
+    As with the crops of Krizhevsky et al. 2012, "ImageNet classification with deep convolutional
+    neural networks".
+    """
+
+    def averaged(images: Images) -> Probabilities:
+        answers = [predict(np.asarray(one)) for one in _copies(images, n_copies)]
+        mean: Probabilities = np.mean(answers, axis=0)
+        return mean
+
+    return averaged
+
+
+def _averaging(net: Any, n_copies: int) -> keras.Model:
+    """``_averaged`` as a network: ``net`` with its weights, once on all copies."""
+    letters = keras.Input((SIDE, SIDE), dtype="uint8")
+    answers = net(keras.ops.concatenate(_copies(letters, n_copies)))
+    each = keras.ops.reshape(answers, (n_copies, -1, answers.shape[-1]))
+    return keras.Model(letters, keras.ops.mean(each, axis=0), name=net.name)

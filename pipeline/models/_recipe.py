@@ -2,7 +2,7 @@
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from pipeline.spec import LATE_LETTERS, Param, Params
+from pipeline.spec import LATE_LETTERS, TTA, Param, Params
 
 PARAMS = {
     "learning_rate": Param(1e-3, FloatDistribution(5e-4, 4e-2, log=True)),  # of Adam, the highest
@@ -21,12 +21,14 @@ PARAMS = {
     # Strength of random distortions; a fit of fewer than 10 epochs gets proportionally less.
     "augment": Param(0.0, FloatDistribution(0.0, 1.5)),
     "average": Param(0.0, CategoricalDistribution((0.0, 0.99, 0.998))),  # of weights; 0 is none
+    # An answer is the mean of those to a letter and to copies that are shifted by a pixel each way.
+    TTA: Param(1, CategoricalDistribution((1, 5))),
     "dtype_policy": Param("float32", CategoricalDistribution(("float32", "mixed_bfloat16"))),
 }
 STEPS = "epochs"
-SCREEN: Params = {"epochs": 1, "n_letters": 10_000}
+SCREEN: Params = {"epochs": 1, "n_letters": 10_000, TTA: 1}
 LATE = ("weight_decay", "label_smoothing", "dropout", "augment")
-FIXED: Params = {"schedule": "cosine", "average": 0.0, LATE_LETTERS: 0}
+FIXED: Params = {"schedule": "cosine", "average": 0.0, LATE_LETTERS: 0, TTA: 5}
 PRIOR: Params = FIXED | {
     "learning_rate": 1e-2,
     "batch_size": 64,

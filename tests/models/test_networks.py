@@ -467,6 +467,73 @@ def test_a_fit_ends_where_it_is_told_to_in_either_half(monkeypatch: pytest.Monke
         assert (steps[-1], fitted.n_steps) == (end, 4)
 
 
+def shifted(down: int, right: int) -> Any:
+    """The letters, moved by a pixel at most; their edges have no ink."""
+    return np.roll(IMAGES, (down, right), axis=(1, 2))
+
+
+@pytest.mark.parametrize("model", ["cnn", "lstm"])
+def test_a_whole_fit_answers_with_the_mean_over_shifted_copies(model: str, tmp_path: Path) -> None:
+    def fitted(n_copies: int) -> tuple[list[float], Any]:
+        values: list[float] = []
+        params = params_of(model, {"epochs": 2, "tta": n_copies})
+        found = registry.load(models, model).fit(
+            params, LETTERS, LETTERS, 3, lambda step, value: bool(values.append(value))
+        )
+        return values, found
+
+    (values, plain), (values_of_five, five) = fitted(1), fitted(5)
+    # Law: nothing but the last answers is another.
+    assert values_of_five[0] == values[0]
+    ways = [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)]
+    mean = np.mean([plain.predict(shifted(*way)) for way in ways], axis=0)
+    np.testing.assert_allclose(five.predict(IMAGES), mean, atol=1e-6)
+    assert np.abs(five.predict(IMAGES) - plain.predict(IMAGES)).max() > 1e-4
+    assert values_of_five[1] == np.mean(mean.argmax(axis=1) == LETTERS.labels)
+    assert five.found == {}
+    # Law: what is logged answers as the fit did, to any number of letters.
+    five.save_model(str(tmp_path / "five"))
+    net = keras.models.load_model(tmp_path / "five" / "data" / "model.keras")
+    for some in (IMAGES, IMAGES[:1]):
+        np.testing.assert_allclose(net(some), five.predict(some), atol=1e-6)
+
+
+def test_a_fit_that_its_grant_ends_or_that_is_stopped_answers_without_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stopped = cnn.fit(
+        params_of("cnn", {"epochs": 2, "filters": 16, "tta": 5}),
+        LETTERS,
+        LETTERS,
+        3,
+        lambda step, value: True,
+    )
+    # Paid for are the batches, and a look at val, but not five.
+    grant = Grant(9.0)
+    lefts = iter([9.0] * 31 + [1e-9])
+    grant.left = lambda: next(lefts)
+    monkeypatch.setattr(_keras, "METER", grant)
+    fitted, rates = halves(monkeypatch, tta=5)
+    assert [len(epoch) for epoch in rates] == [10] * 4
+    for one in (stopped, fitted):
+        assert one.found == {"tta": 1}
+    monkeypatch.undo()
+    plain = halves(monkeypatch, tta=1)[0]
+    np.testing.assert_allclose(fitted.predict(IMAGES), plain.predict(IMAGES), atol=1e-5)
+
+
+def test_what_the_last_look_takes_is_not_spent_on_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A clock by which a look takes half a CPU-second, and so each batch of the first half 0.15.
+    ticks = iter(0.5 * tick for tick in range(1000))
+    monkeypatch.setattr(_keras.time, "process_time", lambda: next(ticks))
+    lengths = []
+    for n_copies in (1, 5):
+        monkeypatch.setattr(_keras, "METER", Grant(4.0))
+        lengths.append(len(halves(monkeypatch, tta=n_copies)[1][-1]))
+    # 0.9 of 4 CPU-seconds for two epochs, less a look each; and 0.9 of 2, where four looks follow.
+    assert lengths == [math.floor((1.8 - 0.5) / 0.15), math.floor((0.9 - 0.5) / 0.15)]
+
+
 def test_averaged_weights_are_others() -> None:
     assert (fit(average=0.99)[1] != fit()[1]).any()
 

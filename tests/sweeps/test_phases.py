@@ -266,8 +266,35 @@ def test_a_step_on_all_letters_is_dearer_than_one_of_the_screen(
     member: Any = SimpleNamespace(**{**vars(MODEL), "SCREEN": screen})
     # A letter of val costs a quarter of what one that is trained on does.
     found = growth(member, data)
-    assert found == pytest.approx((n_train, n_short, 10.8))
+    assert found == pytest.approx((n_train, n_short, 10.8, 0.0))
     assert found.cost == pytest.approx(cost)
+
+
+def test_a_last_look_at_copies_costs_a_whole_fit_so_many_more() -> None:
+    tta = Param(1, IntDistribution(1, 5))
+    member: Any = SimpleNamespace(
+        PARAMS=MODEL.PARAMS | {"tta": tta}, STEPS="epochs", SCREEN=MODEL.SCREEN | {"tta": 1}
+    )
+    data: Any = SimpleNamespace(part=lambda name: SimpleNamespace(labels=[0] * 400))
+    assert growth(member, data).extra == 0
+    member.FIXED = {"tta": 5}  # of whole fits; those of the screen have one
+    assert search.screened(member, 0)["tta"] == 1
+    assert search.whole(member) == {"n_letters": 0, "tta": 5}
+    assert growth(member, data).extra == pytest.approx(4 * 108 / (100 + 108))
+
+
+def test_what_a_whole_fit_costs_beside_its_steps_is_planned_with(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, 900)
+    lengths = []
+    for last in (0.0, 450.0):  # three steps of the screen
+        driver.phases.growth = GROWTH._replace(last=last)
+        driver.run()
+        one = driver.outcomes[0]
+        lengths.append(driver.phases._length(one, 100.0))
+        step, extra = driver.phases._costs(one)
+        n_affordable = (MARGIN * 100.0 - extra) / step
+        assert lengths[-1].n_steps in (int(n_affordable), int(n_affordable) + 1)
+    assert phases.Phases._seen(driver.phases, *lengths[1]) < driver.phases._seen(*lengths[0])
 
 
 def test_a_small_budget_has_one_whole_fit_and_a_large_one_more_and_longer() -> None:
