@@ -327,12 +327,19 @@ def rows_of(path: Path, processor: str) -> set[tuple[Any, ...]]:
     return set(here[KEYS].itertuples(index=False, name=None))
 
 
+def _count(text: str) -> int:
+    """A whole number of 1 or more, as an argument of the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a count of 1 or more, but is {text!r}: pass 3")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--archive", required=True)
     parser.add_argument("--models", nargs="+", default=["cnn", "lstm", "knn"])
     parser.add_argument("--budgets", nargs="+", type=int, default=[300, 900])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=_count, default=3, help="so many: 0, 1, ...")
     parser.add_argument("--comparisons", nargs="+", default=["search", "whole"])
     parser.add_argument("--arms", nargs="+", choices=[*arms.OURS, *arms.ARMS])
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th row from the i-th")

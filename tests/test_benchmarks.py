@@ -18,7 +18,7 @@ from steps import left_until
 from benchmarks import arms, peers, scale
 from pipeline import models, prep, registry
 from pipeline.models import cnn, knn
-from sweeps import processes, sweep
+from sweeps import processes, search, sweep
 from sweeps.budget import own_cpu_seconds
 from sweeps.engine import Engine
 from sweeps.trial import Referee
@@ -176,6 +176,19 @@ def test_what_an_arm_finds_is_written_down_as_it_is_found(
     best = list(dict.fromkeys(np.maximum.accumulate(seen if model == "cnn" else values)))
     assert [one["val"] for one in notes] == [value for value in best if value > 0]
     assert all(0 <= one["test"] <= 1 and one["uncounted"] > 0 for one in notes)
+    # Law: what a sweep does with its grant alone no tuner searches.
+    assert not {"epochs", "n_letters", "late_letters", "tta", "dtype_policy"} & set(objective.space)
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "three"])
+def test_a_count_of_seeds_that_is_none_is_refused(
+    given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["peers", "--archive", "a.zip", "--seeds", given])
+    with pytest.raises(SystemExit):
+        peers.main()
+    rule = f"argument --seeds: must be a count of 1 or more, but is '{given}': pass 3"
+    assert rule in capsys.readouterr().err
 
 
 def test_epochs_of_a_checkpoint_are_done_again_but_not_counted(
@@ -280,6 +293,8 @@ def test_our_search_alone_has_no_priors_and_its_method(
     arms.ours("ours", model, tmp_path, 0, 300, whole=False)
     assert given[given.index("--cpu_minutes") + 1] == "5.0"
     assert (member.PRIORS, member.FIXED, member.LATE) == ([], fixed, ())
+    # Law: where all are to have the same, nobody's answers are averaged over copies.
+    assert search.whole(member).get("tta", 1) == 1
 
 
 def test_a_row_is_what_was_found_within_its_budget() -> None:
