@@ -7,10 +7,11 @@ from pathlib import Path
 from types import ModuleType
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
 from pipeline.bill import charge
-from pipeline.spec import Param, Params
+from pipeline.spec import Param, Params, UserError
 from sweeps.storage import keep_place, open_storage
 from sweeps.trial import Outcome
 
@@ -81,6 +82,32 @@ def open_study(name: str, seed: int, folder: Path, steps: str | None = None) -> 
         else:
             study.tell(trial.number, state=TrialState.FAIL)
     return study
+
+
+def check_space(study: optuna.Study, space: Mapping[str, Param]) -> None:
+    """Refuse a study of a model whose hyperparameters have become others since."""
+    known = {
+        name: distribution
+        for trial in study.get_trials(deepcopy=False)
+        for name, distribution in trial.distributions.items()
+    }
+    for name, before in known.items():
+        now = space[name].distribution if name in space else None
+        if now is None or not _may_follow(before, now):
+            raise UserError(
+                "a study's hyperparameters keep their kind and their choices, but in "
+                f"{study.study_name} {name} was {before} and is {now or 'gone'}: put that back in "
+                "the model's file, or begin a new study, without study=NAME and with another seed"
+            )
+
+
+def _may_follow(before: BaseDistribution, now: BaseDistribution) -> bool:
+    """Whether Optuna takes both for the same hyperparameter in one study."""
+    try:
+        optuna.distributions.check_distribution_compatibility(before, now)
+    except ValueError:
+        return False
+    return True
 
 
 def known(member: ModuleType) -> list[Params]:

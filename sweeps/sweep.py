@@ -298,8 +298,9 @@ def write_plan(task: Task, budget: float) -> None:
 
 def sweep(run: tracking.Run, ledger: Ledger, folder: Path, task: Task) -> None:
     """Search and close; the study lies in ``folder``, whose name is its name."""
-    steps = getattr(registry.load(models, task.model), "STEPS", None)
-    study = search.open_study(folder.name, task.seed, folder, steps)
+    member = registry.load(models, task.model)
+    study = search.open_study(folder.name, task.seed, folder, getattr(member, "STEPS", None))
+    search.check_space(study, member.PARAMS)
     with closing(Progress(task.model, ledger.total)) as show:
         engine = Engine(run, study, task, ledger, show)
         engine.recover()

@@ -6,7 +6,7 @@ import optuna
 import pytest
 from optuna.distributions import FloatDistribution, IntDistribution
 
-from pipeline.spec import Param
+from pipeline.spec import Param, UserError
 from sweeps import search
 
 SPACE = {
@@ -27,6 +27,30 @@ def _proposals(folder: Path, name: str, seed: int, n_trials: int = 15) -> list[d
         trial = _ask(study)
         study.tell(trial, trial.params["rate"])
     return [trial.params for trial in study.trials]
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({}, None),
+        ({"rate": Param(0.1, FloatDistribution(0.01, 9.0, log=True))}, None),  # a wider range
+        ({"more": Param(0, IntDistribution(0, 1))}, None),
+        ({"depth": Param(2, FloatDistribution(1, 9))}, "keep their kind .* in a depth was Int"),
+        ({"depth": None}, "depth was IntDistribution.* and is gone: put that back in the model's"),
+    ],
+)
+def test_a_study_goes_on_with_the_hyperparameters_that_it_began_with(
+    change: dict[str, Param | None], rule: str | None, tmp_path: Path
+) -> None:
+    study = search.open_study("a", 0, tmp_path)
+    study.tell(_ask(study), 0.5)
+    space = {name: param for name, param in (SPACE | change).items() if param}
+    if rule:
+        with pytest.raises(UserError, match=rule):
+            search.check_space(study, space)
+    else:
+        search.check_space(study, space)
+        assert search.ask(study, space, {}).params.keys() == space.keys()
 
 
 def test_what_is_fixed_is_proposed_and_the_rest_is_searched(tmp_path: Path) -> None:
