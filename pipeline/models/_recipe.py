@@ -27,7 +27,8 @@ PARAMS = {
 }
 STEPS = "epochs"
 SCREEN: Params = {"epochs": 1, "n_letters": 10_000, TTA: 1}
-LATE = ("weight_decay", "label_smoothing", "dropout", "augment")
+# Small batches, many steps, learn the most in a short fit, but not in a long one.
+LATE = ("batch_size", "weight_decay", "label_smoothing", "dropout", "augment")
 FIXED: Params = {"schedule": "cosine", "average": 0.0, LATE_LETTERS: 0, TTA: 5}
 PRIOR: Params = FIXED | {
     "learning_rate": 1e-2,
