@@ -353,10 +353,14 @@ def _averaged(
     neural networks".
     """
 
-    def averaged(images: Images) -> Probabilities:
-        answers = [predict(np.asarray(one)) for one in _copies(images, n_copies)]
+    def answer(some: Images) -> Probabilities:
+        answers = [predict(np.asarray(one)) for one in _copies(some, n_copies)]
         mean: Probabilities = np.mean(answers, axis=0)
         return mean
+
+    def averaged(images: Images) -> Probabilities:
+        starts = range(0, len(images), PREDICT_BATCH)  # the letters may lie on disk
+        return np.concatenate([answer(images[i : i + PREDICT_BATCH]) for i in starts])
 
     return averaged
 

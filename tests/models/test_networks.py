@@ -472,11 +472,15 @@ def shifted(down: int, right: int) -> Any:
     return np.roll(IMAGES, (down, right), axis=(1, 2))
 
 
-@pytest.mark.parametrize("model", ["cnn", "lstm"])
-def test_a_whole_fit_answers_with_the_mean_over_shifted_copies(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "small"), [("cnn", {"filters": 16}), ("lstm", {"units": 32, "rows": 4})]
+)
+def test_a_whole_fit_answers_with_the_mean_over_shifted_copies(
+    model: str, small: Params, tmp_path: Path
+) -> None:
     def fitted(n_copies: int) -> tuple[list[float], Any]:
         values: list[float] = []
-        params = params_of(model, {"epochs": 2, "tta": n_copies})
+        params = params_of(model, small | {"epochs": 2, "tta": n_copies})
         found = registry.load(models, model).fit(
             params, LETTERS, LETTERS, 3, lambda step, value: bool(values.append(value))
         )
