@@ -38,9 +38,13 @@ ENOUGH = 12  # steps of each of three fits, that make them better than two longe
 SPARE = 0.5  # of a whole fit's share, that is enough for another one
 FEWEST_STEPS = 3  # of a racing trial, if any of the screen can do so many
 WORTH = 1.05  # times the letters that whole steps would see; for less no fit leaves some out
+# So much an error counts that is promised to another than a prior: the best of many short fits owes
+# some of its accuracy to chance, and some to what is ahead in a short fit alone.
+DOUBT = 1.1
 N_LETTERS = "n_letters"  # the hyperparameter of models that may train on some letters
-# User attributes: the trial whose worker has died; the one of the screen that a race goes on with.
-RETRY_OF, SCREENED = "retry_of", "screened"
+# User attributes: the trial whose worker has died; the one of the screen that a race goes on with;
+# the place of one of the screen among the model's priors, from 1.
+RETRY_OF, SCREENED, PRIOR = "retry_of", "screened", "prior"
 N_SAFE = 2  # racing trials that keep the late hyperparameters of the screen
 
 Trial = optuna.trial.FrozenTrial
@@ -174,7 +178,7 @@ class Phases:
     def _again(self, trial: Trial, grant: float, left: float) -> Proposal:
         notes = trial.user_attrs
         again = {RETRY_OF: trial.number}
-        again |= {SCREENED: notes[SCREENED]} if SCREENED in notes else {}
+        again |= {name: notes[name] for name in (SCREENED, PRIOR) if name in notes}
         return self._propose(trial.params, notes["phase"], notes["seed"], min(left, grant), again)
 
     def _screen(self, phase: str, left: float) -> Proposal:
@@ -183,9 +187,11 @@ class Phases:
         fixed = search.screened(self.member, n_begun) | self.everywhere
         grant = min(left, GRANT_SHARE * self.total)
         screened = [one.cpu_seconds for one in self._screened()]
-        if n_begun >= len(search.known(self.member)) and screened:
+        proposed = n_begun >= len(search.known(self.member))
+        if proposed and screened:
             grant = min(grant, DEAR * float(np.median(screened)))
-        return self._propose(fixed, phase, self.seed, grant)
+        notes = {PRIOR: n_begun} if n_begun and not proposed else None
+        return self._propose(fixed, phase, self.seed, grant, notes)
 
     def _whole(self, left: float) -> Proposal | None:
         """A trial of the race, or one that confirms its winner."""
@@ -252,14 +258,19 @@ class Phases:
         return self.growth.cost * short, extra
 
     def _promising(self, screened: Sequence[Outcome], grant: float) -> list[Outcome]:
-        """What can race with a grant, by the error that its schedule is expected to end with."""
+        """What can race with a grant, by the error that its schedule is expected to end with.
+
+        A prior, which is known to be good in whole fits, comes before what is hardly better.
+        """
+        trials = self.study.get_trials(deepcopy=False)
 
         def seen(one: Outcome) -> int:
             return self._seen(*self._length(one, grant))
 
         def expected(one: Outcome) -> float:
             more = seen(one) / self.growth.n_short
-            return _error(one) * (FLOOR + (1 - FLOOR) * math.pow(more, -DECLINE))
+            doubt = 1.0 if PRIOR in trials[one.number].user_attrs else DOUBT
+            return doubt * _error(one) * (FLOOR + (1 - FLOOR) * math.pow(more, -DECLINE))
 
         # One that can do but a step or two is no better off than in the screen.
         able = [one for one in screened if seen(one) >= FEWEST_STEPS * self.growth.n_train]

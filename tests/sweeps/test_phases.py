@@ -270,6 +270,32 @@ def test_a_step_on_all_letters_is_dearer_than_one_of_the_screen(
     assert found.cost == pytest.approx(cost)
 
 
+@pytest.mark.parametrize(("better", "first"), [(1.05, "prior"), (1.2, "proposed")])
+def test_a_prior_races_before_what_is_hardly_better(
+    better: float, first: str, tmp_path: Path
+) -> None:
+    driver = Driver(tmp_path, 3600)
+    screened = []
+    for number in range(3):
+        proposal = driver.ask()
+        assert proposal is not None
+        if number == 1:  # its worker dies: it is the prior all the same when it is tried again
+            driver.end(proposal, "failed")
+            driver.phases.retry(proposal.trial.number, proposal.grant)
+            proposal = driver.ask()
+            assert proposal is not None
+        driver.end(proposal)
+        screened.append(driver.outcomes[-1]._replace(bill={"fit": 3.0, "tracing": EXTRA}))
+    errors = {"default": 0.3, "prior": 0.2, "proposed": 0.2 / better}
+    found = {
+        name: one._replace(val_accuracy=1 - error)
+        for one, (name, error) in zip(screened, errors.items(), strict=True)
+    }
+    ordered = driver.phases._promising(list(found.values()), 300.0)
+    assert ordered[0] is found[first]
+    assert ordered[-1] is found["default"]
+
+
 def test_a_last_look_at_copies_costs_a_whole_fit_so_many_more() -> None:
     tta = Param(1, IntDistribution(1, 5))
     member: Any = SimpleNamespace(
