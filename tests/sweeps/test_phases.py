@@ -311,16 +311,16 @@ def test_a_last_look_at_copies_costs_a_whole_fit_so_many_more() -> None:
 
 def test_what_a_whole_fit_costs_beside_its_steps_is_planned_with(tmp_path: Path) -> None:
     driver = Driver(tmp_path, 900)
-    lengths = []
+    driver.run()
+    one, lengths = driver.outcomes[0], []
     for last in (0.0, 450.0):  # three steps of the screen
         driver.phases.growth = GROWTH._replace(last=last)
-        driver.run()
-        one = driver.outcomes[0]
         lengths.append(driver.phases._length(one, 100.0))
         step, extra = driver.phases._costs(one)
         n_affordable = (MARGIN * 100.0 - extra) / step
         assert lengths[-1].n_steps in (int(n_affordable), int(n_affordable) + 1)
-    assert phases.Phases._seen(driver.phases, *lengths[1]) < driver.phases._seen(*lengths[0])
+    shorter, longer = (driver.phases._seen(*length) for length in reversed(lengths))
+    assert shorter < longer
 
 
 def test_a_small_budget_has_one_whole_fit_and_a_large_one_more_and_longer() -> None:
