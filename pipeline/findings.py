@@ -210,14 +210,17 @@ def instructive(frame: pd.DataFrame, n: int) -> pd.DataFrame:
 
 
 def bills(entries: Sequence[Entry]) -> pd.DataFrame:
-    """CPU-seconds by cause (columns; those that cost nothing are left out) of each entry (rows)."""
+    """CPU-seconds by cause (columns) of each entry (rows), without what cost next to nothing.
+
+    The column ``fit`` is always there.
+    """
     rows = {
         entry.label: {"fit": entry.metrics["fit_cpu_seconds"]}
         | {cause: entry.metrics.get(f"overhead/{cause}_cpu_seconds", 0.0) for cause in OVERHEAD}
         for entry in entries
     }
     frame = pd.DataFrame(rows).T
-    return frame.loc[:, frame.abs().max() >= 0.05]
+    return frame.loc[:, (frame.abs().max() >= 0.05) | (frame.columns == "fit")]
 
 
 def remarks(entries: Sequence[Entry]) -> list[str]:

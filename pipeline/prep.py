@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import cli, datasets, disk, plots, registry, tracking
+from pipeline import cli, datasets, disk, registry, tracking
 from pipeline.spec import LETTERS, PARTS, SIDE, Dataset, Letters, Part, Source, Stream, UserError
 
 OPTIONS: dict[str, cli.Convert] = {
@@ -185,6 +185,8 @@ def _canonical(facts: Mapping[str, Any]) -> bytes:
 
 def log(run: tracking.Run, data: Dataset) -> None:
     """Counts, digest and a contact sheet of a prepared data set."""
+    from pipeline import plots  # a sweep's trials, which import this module, draw nothing
+
     run.use_dataset(data)
     run.name(f"prep · {data.name}")
     run.metrics({f"n_{part}": count for part, count in data.facts["counts"].items()})

@@ -20,14 +20,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 import mlflow
 import numpy as np
 import pandas as pd
 import requests
-from matplotlib.figure import Figure
 from mlflow.entities import Dataset as DatasetEntity
 from mlflow.entities import (
     DatasetInput,
@@ -48,6 +47,9 @@ from urllib3.util import Retry
 from pipeline import disk, owner, quiet, served_letters, views
 from pipeline.bill import charge
 from pipeline.spec import LETTERS, SIDE, Dataset, Fitted, Images, UserError
+
+if TYPE_CHECKING:  # trials write runs too, and draw nothing
+    from matplotlib.figure import Figure
 
 STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")  # what MLflow writes to
 BUSY = (429, 500, 502, 503, 504)  # what a server answers that may do better soon
@@ -160,7 +162,7 @@ class Run:
         self.client.delete_run(self.id)
 
     @charge("tracking")
-    def figure(self, name: str, figure: Figure) -> None:
+    def figure(self, name: str, figure: "Figure") -> None:
         self.client.log_figure(self.id, figure, name, save_kwargs={"dpi": 110})
 
     @charge("tracking")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline import cli, models, plots, precision, prep, registry, tracking
+from pipeline import cli, models, precision, prep, registry, tracking
 from pipeline.bill import METER, charge, completed, metrics
 from pipeline.spec import LETTERS, Dataset, Images, Params, Part, Report
 
@@ -82,6 +82,8 @@ def one_of_each(part: Part) -> Images:
 
 
 def main(argv: Sequence[str]) -> None:
+    from pipeline import plots  # a sweep's trials, which import this module, draw nothing
+
     options, given = cli.parse("train", argv, OPTIONS)
     model, seed = options.pop("model"), options.pop("seed")
     wanted, space = options.pop("precision"), registry.load(models, model).PARAMS

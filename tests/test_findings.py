@@ -1,5 +1,7 @@
 """What a comparison says, on guesses that are small enough to count by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from entries import entry, predictions, trials
@@ -137,6 +139,9 @@ def test_bills_leave_out_what_cost_nothing_and_sum_up() -> None:
     frame = findings.bills(THREE)
     assert list(frame.columns) == ["fit", "tracing", "engine"]
     assert frame.loc["KNN"].sum() == KNN.metrics["cpu_seconds"]
+    # But for fit, which a report's last row divides by the whole.
+    free = dataclasses.replace(KNN, metrics=KNN.metrics | {"fit_cpu_seconds": 0.0})
+    assert list(findings.bills([free]).columns) == ["fit", "tracing", "engine"]
 
 
 def test_remarks_are_silent_among_equals() -> None:
