@@ -12,13 +12,12 @@ from sweeps.engine import Engine
 
 # A model that learns nothing and costs nothing, but for what a test has it do.
 TOY = """
-import collections, dataclasses, itertools, os, signal, time
+import collections, itertools, os, signal, time
 import numpy as np
 from optuna.distributions import FloatDistribution, IntDistribution
-from pipeline.models import knn
-from pipeline.spec import Param, Part
+from pipeline.spec import Fitted, Param
 
-PRELOAD = ("toys", *knn.PRELOAD)
+PRELOAD = ("toys",)
 PARAMS = {
     "quality": Param(0.5, FloatDistribution(0.0, 1.0)),
     "steps": Param(3, IntDistribution(1, 5)),
@@ -37,11 +36,17 @@ def fit(params, train, val, seed, report):
         if report(step, quality * step / 5):
             break
     AFTER
-    deck = {name: param.default for name, param in knn.PARAMS.items()}
-    small, few = Part(train.images[:60], train.labels[:60]), Part(val.images[:9], val.labels[:9])
-    fitted = knn.fit(deck, small, few, seed, lambda step, accuracy: False)
-    return dataclasses.replace(fitted, n_steps=params["steps"])
+    return Fitted(predict, save_model, ("numpy",), n_steps=params["steps"])
+
+def predict(images):
+    return np.full((len(images), 26), 1 / 26, np.float32)
+
+def save_model(path, **mlflow_arguments):
+    import mlflow.pyfunc
+
+    mlflow.pyfunc.save_model(path, python_model=SERVED, **mlflow_arguments)
 """
+SERVED = Path(__file__).parent / "served_toy.py"
 
 
 def toy(before: str = "pass", after: str = "pass") -> str:
@@ -49,7 +54,9 @@ def toy(before: str = "pass", after: str = "pass") -> str:
 
     It may use ``params``, ``quality`` and ``step``, and the modules that the toy imports.
     """
-    return TOY.replace("BEFORE", before).replace("AFTER", after)
+    return (
+        TOY.replace("BEFORE", before).replace("AFTER", after).replace("SERVED", repr(str(SERVED)))
+    )
 
 
 # Options of a sweep, as MLproject has them, but for the model.

@@ -105,9 +105,7 @@ def test_train_and_the_model_answers_outside_of_the_project(
 
 
 def test_sweep_of_a_model_and_data_set_that_are_one_file_each(user: User) -> None:
-    (user.project / "pipeline/models/toy.py").write_text(
-        toy().replace('("toys", *knn.PRELOAD)', "knn.PRELOAD")
-    )
+    (user.project / "pipeline/models/toy.py").write_text(toy().replace('("toys",)', "()"))
     source = (user.project / "pipeline/datasets/emnist_letters.py").read_text()
     (user.project / "pipeline/datasets/mine.py").write_text(source)
     code, out = user.run("sweep", "model=toy", "dataset=mine", *user.data, "cpu_minutes=0.3")

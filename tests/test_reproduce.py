@@ -41,7 +41,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("MLproject", "conda.yaml", "requirements.txt", ".gitignore"):
         shutil.copy(ROOT / name, folder)
     source = toy(before=f"time.sleep(120 if quality == {SLOW} else 0)")
-    source = source.replace('("toys", *knn.PRELOAD)', "knn.PRELOAD")
+    source = source.replace('("toys",)', "()")
     (folder / "pipeline/models/toy.py").write_text(source)
     git(folder, "init", "--quiet")
     git(folder, "add", "--all")

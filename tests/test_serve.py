@@ -1,11 +1,12 @@
 """Logged models behind a real ``mlflow models serve``, and in an environment of their own."""
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,28 +145,40 @@ def test_a_logged_model_keeps_its_flavour_and_its_signature(logged: Logged) -> N
         mlflow.pyfunc.load_model(logged.uri).predict(np.zeros((1, 27, 28), np.uint8))
 
 
-@pytest.mark.timeout(900)  # every library's first import compiles it
-def test_it_loads_in_an_environment_of_its_own_requirements(logged: Logged, tmp_path: Path) -> None:
-    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if uv is None:
-        pytest.skip("uv, which `make venv` installs, is not here to make an environment offline")
-    python = tmp_path / "venv/bin/python"
-    subprocess.run(
-        [uv, "venv", "--quiet", "--python", sys.executable, "venv"], cwd=tmp_path, check=True
-    )
-    install = [uv, "pip", "install", "--quiet", "--offline", "--python", str(python)]
-    done = subprocess.run(
-        [*install, "-r", str(logged.folder / "requirements.txt")],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        # Law: what is missing is missing in uv's cache alone; any other failure is ours.
-        assert "network was disabled" in done.stderr or "not found in the cache" in done.stderr, (
-            done.stderr
+@pytest.fixture(scope="module")
+def python_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The Python of an environment of such requirements alone; the same for the same ones."""
+
+    @functools.cache
+    def make(requirements: str) -> Path:
+        folder = tmp_path_factory.mktemp("environment")
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        uv = shutil.which("uv", path=path)
+        if uv is None:
+            pytest.skip("uv, which `make venv` installs, is not here")
+        (folder / "requirements.txt").write_text(requirements)
+        venv = [uv, "venv", "--quiet", "--python", sys.executable, "venv"]
+        subprocess.run(venv, cwd=folder, check=True)
+        python = folder / "venv/bin/python"
+        install = [uv, "pip", "install", "--quiet", "--offline", "--python", str(python)]
+        done = subprocess.run(
+            [*install, "-r", "requirements.txt"], cwd=folder, capture_output=True, text=True
         )
-        pytest.skip(f"uv's cache lacks a package of {logged.folder / 'requirements.txt'}")
+        if done.returncode:
+            # Law: what is missing is missing in uv's cache alone; any other failure is ours.
+            words = ("network was disabled", "not found in the cache")
+            assert any(each in done.stderr for each in words), done.stderr
+            pytest.skip(f"uv's cache lacks a package of {requirements.split()}")
+        return python
+
+    return make
+
+
+@pytest.mark.timeout(900)  # every library's first import compiles it
+def test_it_loads_in_an_environment_of_its_own_requirements(
+    logged: Logged, python_with: Callable[[str], Path], tmp_path: Path
+) -> None:
+    python = python_with((logged.folder / "requirements.txt").read_text())
     letters = np.array(mlflow.pyfunc.load_model(logged.uri).input_example, np.uint8)
     np.save(tmp_path / "letters.npy", letters)
     command = [str(python), "-I", "-c", OUTSIDE, str(logged.folder)]
