@@ -11,7 +11,6 @@ from servers import Server
 from stores import N_TRAIN, AddMember, members, open_store
 
 from benchmarks import services
-from sweeps.processes import usable_cores
 
 # For sitecustomize.py, which is here.
 os.environ["PYTHONPATH"] = str(Path(__file__).parent)
@@ -31,11 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Dear files first: one that begins last would leave the other workers idle."""
     places = {name: place for place, name in enumerate(DEAR)}
     items.sort(key=lambda item: places.get(item.path.name, len(DEAR)))
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: many a test waits for what it has started."""
-    return usable_cores() + 1
 
 
 @pytest.fixture(scope="session")
