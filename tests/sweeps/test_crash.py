@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import mlflow
 import optuna
 import pytest
+from drivers import Driver
 from optuna.trial import TrialState
 from steps import SWEEP, alive, arguments, runs, toy, wait
 
@@ -28,17 +27,6 @@ STEP_TAKES = """time.sleep(0.15)
         end = time.process_time() + 0.03
         while time.process_time() < end: pass"""
 CPU_SECONDS = 600  # ample on any machine: the number of trials is what ends these sweeps
-# The step sweep in a process that knows the toy model.
-STEP = """
-import os
-import steps, toys
-from pipeline import cli
-from sweeps import engine, sweep
-engine.Engine.left = steps.left_until(int(os.environ["N_TRIALS"]))
-if moment := os.environ.get("DIE_AFTER"):
-    toys.die_after(moment, n_calls=3)
-cli.run(sweep.main)
-"""
 
 
 class Typist:
@@ -47,21 +35,17 @@ class Typist:
     def __init__(self, store: mlflow.MlflowClient, options: dict[str, Any]) -> None:
         self.store, self.folder, self.options = store, Path(options["data_dir"]), options
         sweep = SWEEP | {"model": "toy", "cpu_minutes": CPU_SECONDS / 60}
-        self.command = [sys.executable, "-c", STEP, *arguments(self.options | sweep)]
+        self.command = arguments(self.options | sweep)
 
-    def type(self, n_trials: int = 8, die_after: str = "") -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            self.command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "N_TRIALS": str(n_trials), "DIE_AFTER": die_after},
-        )
+    def type(self, n_trials: int = 8, die_after: str = "") -> Driver:
+        wanted = {"N_TRIALS": str(n_trials), "DIE_AFTER": die_after}
+        return Driver(self.command, os.environ | wanted, Path.cwd())
 
-    def wait_for_trials(self, driver: subprocess.Popen[bytes], n_more: int) -> None:
+    def wait_for_trials(self, driver: Driver, n_more: int) -> None:
         """Until the ledger has that many more grants; then trials are under way."""
         wanted = len(self.records("grant")) + n_more
         deadline = time.monotonic() + 60
-        while len(self.records("grant")) < wanted and driver.poll() is None:
+        while len(self.records("grant")) < wanted and driver.returncode is None:
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
@@ -140,12 +124,12 @@ def _check_the_end(typist: Typist) -> None:
 def test_a_sweep_killed_twenty_times_is_continued(typist: Typist) -> None:
     rng = random.Random(0)
     loading = 0.0  # seconds to the first trial; several times as many on a busy machine
-    for _ in range(20):
+    for number in range(20):
         began, driver = time.monotonic(), typist.type(n_trials=1000)
-        if loading:
+        if number > 1:
             # At any moment: while it loads, before there is a run, between two writes, in a fit.
             time.sleep(rng.uniform(0.05, 2.0) * loading)
-        else:
+        else:  # the first one may have to wait for what all are forked from
             typist.wait_for_trials(driver, n_more=1)
             loading = time.monotonic() - began
         family = processes.tree(driver.pid)
@@ -154,7 +138,7 @@ def test_a_sweep_killed_twenty_times_is_continued(typist: Typist) -> None:
         # Orphans die within seconds.
         assert wait(lambda family=family: not any(map(alive, family)), 5)
     driver = typist.type(n_trials=len(typist.records("grant")) + 12)
-    out, _ = driver.communicate(timeout=300)
+    out = driver.communicate(timeout=300)
     assert driver.returncode == 0, out.decode()
     assert b"continuing the sweep that was interrupted" in out
     _check_the_end(typist)
@@ -179,7 +163,7 @@ def test_a_driver_that_dies_between_two_notes_is_continued(typist: Typist) -> No
     for number, moment in enumerate(MOMENTS):
         n_more = 2 if moment == MOMENTS[-1] else 1000  # it dies in its third trial, or at the end
         driver = typist.type(len(typist.records("grant")) + n_more, die_after=moment)
-        out, _ = driver.communicate(timeout=120)
+        out = driver.communicate(timeout=120)
         assert driver.returncode == -signal.SIGKILL, f"{moment}: {out.decode()}"
         assert (b"continuing the sweep that was interrupted" in out) == (number > 0), moment
         # The driver before this one has left runs RUNNING: none of them is it still.
@@ -188,7 +172,7 @@ def test_a_driver_that_dies_between_two_notes_is_continued(typist: Typist) -> No
         assert not left & trials, moment
         left = trials
     driver = typist.type(n_trials=0)
-    out, _ = driver.communicate(timeout=120)
+    out = driver.communicate(timeout=120)
     assert driver.returncode == 0, out.decode()
     assert b"continuing the sweep that was interrupted" in out
     _check_the_end(typist)
@@ -210,7 +194,7 @@ def test_a_power_cut_tears_the_last_lines_only(typist: Typist) -> None:
     for name, torn in (("ledger.jsonl", '{"kind": "beat", "ow'), ("optuna.journal", '{"op_co')):
         with (study / name).open("a") as file:
             file.write(torn)
-    out, _ = typist.type().communicate(timeout=120)
+    out = typist.type().communicate(timeout=120)
     assert b"continuing the sweep that was interrupted" in out
     _check_the_end(typist)
 
@@ -223,12 +207,12 @@ def test_a_killed_sweep_whose_study_is_in_postgresql_is_continued(
     driver = typist.type(n_trials=1000)
     typist.wait_for_trials(driver, 4)
     driver.kill()
-    out, _ = driver.communicate(timeout=30)
+    out = driver.communicate(timeout=30)
     assert postgres.password.encode() not in out
     # The database restarts between the drivers, and loses nothing.
     postgres.kill()
     postgres.start()
-    out, _ = typist.type(n_trials=9).communicate(timeout=120)
+    out = typist.type(n_trials=9).communicate(timeout=120)
     assert b"continuing the sweep that was interrupted" in out, out.decode()
     assert postgres.password.encode() not in out
     _check_the_end(typist)
@@ -249,7 +233,7 @@ def test_a_killed_nursery_or_trial_costs_its_trials_only(victim: str, typist: Ty
 
     assert wait(begins, 10)
     os.kill(nursery if victim == "nursery" else begun.pop(), signal.SIGKILL)
-    out, _ = driver.communicate(timeout=300)
+    out = driver.communicate(timeout=300)
     assert driver.returncode == 0, out.decode()
     assert "killed" in [trial.data.tags["state"] for trial in runs(typist.store, "trial")]
     _check_the_end(typist)
@@ -269,7 +253,7 @@ def test_a_sweep_that_was_interrupted_in_its_first_trials_is_continued(
     killed = [one for one in runs(typist.store, "trial") if one.data.tags["state"] == "killed"]
     assert len(killed) == 3
     monkeypatch.setenv("STEP_TAKES", "0")
-    out, _ = typist.type().communicate(timeout=120)
+    out = typist.type().communicate(timeout=120)
     assert b"continuing the sweep that was interrupted" in out
     _check_the_end(typist)
 
@@ -280,13 +264,13 @@ def test_an_interrupted_sweep_is_killed_and_continued(stop: signal.Signals, typi
     typist.wait_for_trials(driver, 2)
     family = processes.tree(driver.pid)
     driver.send_signal(stop)
-    out, _ = driver.communicate(timeout=30)
+    out = driver.communicate(timeout=30)
     assert driver.returncode == 130, out.decode()
     assert wait(lambda: not any(map(alive, family)), 5)
     # Everything is closed at once: no later process is needed for that.
     assert [run.info.status for run in runs(typist.store, "sweep")] == ["KILLED"]
     assert typist.store.search_runs(["0"], "attributes.status = 'RUNNING'") == []
-    out, _ = typist.type().communicate(timeout=120)
+    out = typist.type().communicate(timeout=120)
     assert b"continuing the sweep that was interrupted" in out
     _check_the_end(typist)
 
@@ -300,7 +284,7 @@ def test_a_sweep_that_died_before_its_first_tags_has_them_when_it_goes_on(typist
     named = ("model", "study", "dataset_digest")
     for name in named:
         typist.store.delete_tag(run.info.run_id, name)
-    out, _ = typist.type(n_trials=3).communicate(timeout=120)
+    out = typist.type(n_trials=3).communicate(timeout=120)
     assert b"continuing the sweep that was interrupted" in out
     (again,) = runs(typist.store, "sweep")
     assert {name: again.data.tags[name] for name in named} == {
@@ -317,7 +301,7 @@ def test_an_interrupted_sweep_whose_run_is_deleted_is_not_continued(typist: Typi
     (deleted,) = runs(typist.store, "sweep")
     typist.store.delete_run(deleted.info.run_id)
     driver = typist.type(n_trials=3)
-    out, _ = driver.communicate(timeout=120)
+    out = driver.communicate(timeout=120)
     assert driver.returncode == 0, out.decode()
     assert b"continuing" not in out
     (run,) = runs(typist.store, "sweep")
@@ -331,7 +315,7 @@ def test_two_sweeps_at_once_on_a_fresh_store_are_two(
     uri = f"sqlite:///{tmp_path}/fresh.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     for driver in [typist.type(n_trials=4), typist.type(n_trials=4)]:
-        out, _ = driver.communicate(timeout=300)
+        out = driver.communicate(timeout=300)
         assert driver.returncode == 0, out.decode()
         assert b"continuing" not in out
     store = mlflow.MlflowClient(uri)
@@ -346,7 +330,7 @@ def test_two_sweeps_at_once_on_a_fresh_store_are_two(
 def test_a_finished_sweep_typed_again_is_a_new_one(typist: Typist) -> None:
     for _ in range(2):
         driver = typist.type(n_trials=2)
-        out, _ = driver.communicate(timeout=300)
+        out = driver.communicate(timeout=300)
         assert driver.returncode == 0, out.decode()
     first, second = runs(typist.store, "sweep")
     assert first.data.tags["study"] != second.data.tags["study"]
