@@ -34,6 +34,7 @@ class Driver:
         os.mkfifo(said)
         # As with a pipe, its end is that of all that the driver has started.
         self._said = os.open(said, os.O_RDONLY | os.O_NONBLOCK)
+        os.close(os.open(said, os.O_WRONLY))  # a driver may be killed before it has opened it
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(LOADED)
         given = (list(words), dict(environment), str(folder), str(said))
