@@ -11,6 +11,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from pages import Reader
 from PIL import Image
 from steps import SWEEP, arguments, artifacts, left_until, runs, toy
@@ -48,6 +49,15 @@ def swept(
 ) -> mlflow.MlflowClient:
     """A client of a copy of that store, which this test alone uses."""
     return open_store(store_with_sweeps / "mlflow.db", tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All figures are saved blank: to draw them takes most of the CPU time of a comparison."""
+    real = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda drawn, *given, **named: real(Figure(), *given, **named)
+    )
 
 
 @pytest.fixture
@@ -102,6 +112,7 @@ def test_evaluate_measures_the_logged_model_on_test(
     assert "test_accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_evaluate_takes_the_latest_run_with_a_model(
     swept: mlflow.MlflowClient, data_dir: Path
 ) -> None:
@@ -110,6 +121,7 @@ def test_evaluate_takes_the_latest_run_with_a_model(
     assert run.data.tags["evaluated_run_id"] == runs(swept, "sweep")[-1].info.run_id
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_compare_shows_the_sweeps_side_by_side(
     swept: mlflow.MlflowClient, data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +183,7 @@ def test_compare_makes_a_report_and_pictures(
     assert place in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_letters_that_are_shown_are_those_that_are_named(
     swept: mlflow.MlflowClient, data_dir: Path
 ) -> None:
@@ -185,6 +198,7 @@ def test_the_letters_that_are_shown_are_those_that_are_named(
         assert known[ink.tobytes()] == letter
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_compare_takes_the_runs_that_are_named(
     swept: mlflow.MlflowClient, data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,6 +214,7 @@ def test_compare_takes_the_runs_that_are_named(
     assert f"Not the winner of a sweep but a single fit: KNN {trial[:6]}." in out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_data_sets_of_different_digests_are_never_mixed(
     swept: mlflow.MlflowClient, data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,6 +240,7 @@ def test_data_sets_of_different_digests_are_never_mixed(
     assert said in Reader(_report(swept)).text[""]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_compare_says_when_budgets_differ(
     swept: mlflow.MlflowClient, data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,6 +254,7 @@ def test_compare_says_when_budgets_differ(
     assert said in Reader(_report(swept)).text[""]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_compare_never_asks_for_labels_of_test(
     swept: mlflow.MlflowClient, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,6 +265,7 @@ def test_compare_never_asks_for_labels_of_test(
     _compare(data_dir)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_evaluation_that_kept_no_guesses_is_made_anew(
     swept: mlflow.MlflowClient, data_dir: Path
 ) -> None:
@@ -268,6 +286,7 @@ def test_compare_of_unknown_runs_is_a_sentence(
         _compare(tmp_path, run_ids=run_ids)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_compare_evaluates_a_model_once(swept: mlflow.MlflowClient, data_dir: Path) -> None:
     _compare(data_dir)
     _compare(data_dir)
