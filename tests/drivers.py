@@ -74,13 +74,18 @@ def _drive(words: list[str], environment: dict[str, str], folder: str, said: str
     os.dup2(out, 2)
     os.close(out)
     sys.argv = ["sweep", *words]
-    import steps
+    step()
+
+
+def step() -> None:
+    """The step ``sweep`` in this process, which has the toy model, and a driver's environment."""
     import toys
+    from steps import left_until
 
     from pipeline import cli
     from sweeps import engine, sweep
 
-    engine.Engine.left = steps.left_until(int(os.environ["N_TRIALS"]))  # type: ignore[method-assign]
+    engine.Engine.left = left_until(int(os.environ["N_TRIALS"]))  # type: ignore[method-assign]
     if moment := os.environ.get("DIE_AFTER"):
         toys.die_after(moment, n_calls=3)
     cli.run(sweep.main)

@@ -241,16 +241,6 @@ def test_a_server_that_is_starting_is_waited_for(
             tracking.connect()
 
 
-# The step sweep in a process that knows the toy model.
-DRIVER = """
-import steps, toys
-from pipeline import cli
-from sweeps import engine, sweep
-engine.Engine.left = steps.left_until(4)
-cli.run(sweep.main)
-"""
-
-
 def _texts(data: bytes) -> Iterator[bytes]:
     """What a file holds; of a zip, what its members hold."""
     yield data
@@ -283,9 +273,9 @@ def test_no_secret_leaves_the_environment(
     # The first trial fails: its error and its traceback are logged.
     add_member(models, "toy", toy(before="if params['steps'] == 3: raise RuntimeError('spoilt')"))
     options = data_options | SWEEP | {"model": "toy", "cpu_minutes": 60}
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, *arguments(options)], capture_output=True, timeout=200
-    )
+    monkeypatch.setenv("N_TRIALS", "4")
+    command = [sys.executable, "-c", "import drivers; drivers.step()", *arguments(options)]
+    done = subprocess.run(command, capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr.decode()
     (parent,) = desk("sweep")
     study = parent.data.tags["study"]

@@ -36,14 +36,6 @@ Workers = pytest.importorskip(
 BURN = """end = time.process_time() + 0.25
         while time.process_time() < end: pass
         while os.path.exists(os.environ["HOLD"]): time.sleep(0.01)"""
-STEP = """
-import os
-import steps, toys
-from pipeline import cli
-from sweeps import engine, sweep
-engine.Engine.left = steps.left_until(int(os.environ["N_TRIALS"]))
-cli.run(sweep.main)
-"""
 
 
 class Site:
@@ -76,7 +68,7 @@ class Site:
         self, n_trials: int, environment: Mapping[str, str] = os.environ
     ) -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            [sys.executable, "-c", STEP, *self.options()],
+            [sys.executable, "-c", "import drivers; drivers.step()", *self.options()],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

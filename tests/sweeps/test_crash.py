@@ -127,7 +127,8 @@ def test_a_sweep_killed_twenty_times_is_continued(typist: Typist) -> None:
     for number in range(20):
         began, driver = time.monotonic(), typist.type(n_trials=1000)
         if number > 1:
-            # At any moment: while it loads, before there is a run, between two writes, in a fit.
+            # At any moment: before there is a run, while its nursery loads, between two writes, in
+            # a fit.
             time.sleep(rng.uniform(0.05, 2.0) * loading)
         else:  # the first one may have to wait for what all are forked from
             typist.wait_for_trials(driver, n_more=1)
