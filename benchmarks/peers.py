@@ -112,7 +112,7 @@ class Tally:
 
 
 def planned(args: argparse.Namespace) -> Iterator[Job]:
-    for seed, model in itertools.product(range(args.seeds), args.models):
+    for seed, model in itertools.product(args.seeds, args.models):
         known = args.arms or ["ours", *(arms.ARMS if model == "cnn" else FEW)]
         if "deck" in known:  # the same in all comparisons
             yield Job(tuple(args.comparisons), model, tuple(args.budgets), "deck", seed)
@@ -327,10 +327,10 @@ def rows_of(path: Path, processor: str) -> set[tuple[Any, ...]]:
     return set(here[KEYS].itertuples(index=False, name=None))
 
 
-def _count(text: str) -> int:
-    """A whole number of 1 or more, as an argument of the command line."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a count of 1 or more, but is {text!r}: pass 3")
+def _seed(text: str) -> int:
+    """A whole number of 0 or more, as an argument of the command line."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be 0 or more, but has {text!r}: pass 0 1 2")
     return int(text)
 
 
@@ -339,7 +339,7 @@ def main() -> None:
     parser.add_argument("--archive", required=True)
     parser.add_argument("--models", nargs="+", default=["cnn", "lstm", "knn"])
     parser.add_argument("--budgets", nargs="+", type=int, default=[300, 900])
-    parser.add_argument("--seeds", type=_count, default=3, help="so many: 0, 1, ...")
+    parser.add_argument("--seeds", nargs="+", type=_seed, default=[0, 1, 2])
     parser.add_argument("--comparisons", nargs="+", default=["search", "whole"])
     parser.add_argument("--arms", nargs="+", choices=[*arms.OURS, *arms.ARMS])
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th row from the i-th")

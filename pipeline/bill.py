@@ -17,6 +17,13 @@ OVERHEAD = {
 }
 
 
+class OverBudget(BaseException):
+    """Ends a fit that what it may spend does not pay for; says why, where it is the fit that knows.
+
+    No ``Exception``, so that no fit swallows it by accident.
+    """
+
+
 class Meter:
     """User and system time of this process, all its threads included, by cause.
 

@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection, wait
 from socket import socketpair
 from typing import Any, NoReturn
 
+from pipeline.bill import OverBudget
 from sweeps import processes
 
 POLL_SECONDS = 0.25  # between two looks at the trials' meters; each look costs 1 ms a trial
@@ -42,10 +43,6 @@ ONE_THREAD = {
 Message = dict[str, Any]
 # body(spec, call) runs in the trial's process; call(message) sends a message and gives the answer.
 Body = Callable[[Message, Callable[[Message], Message]], Message]
-
-
-class OverBudget(BaseException):
-    """Raised in a trial by SIGXCPU. No ``Exception``, so that no fit swallows it by accident."""
 
 
 # ---- the driver's side
@@ -240,8 +237,8 @@ def _live(nursery: int, connection: Connection, body: Body, order: Message) -> N
 
     try:
         end = body(order["spec"], call)
-    except OverBudget:
-        end = {"over_budget": True}
+    except OverBudget as over:  # by SIGXCPU, or the fit has seen it come
+        end = {"over_budget": True, "error": str(over)}
     except MemoryError as error:
         end = {"failure": "out_of_memory", **_told(error)}
     except FloatingPointError as error:

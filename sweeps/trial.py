@@ -42,7 +42,8 @@ class Outcome(NamedTuple):
         val_accuracy: the last that was reported, which is that of the model where there is one.
         bill: CPU-seconds of the trial's process and its children, by cause; their sum is the
             kernel's.
-        first_step_cpu_seconds: what the first step cost, which a next trial must be able to pay.
+        first_step_cpu_seconds: what the first step cost, which a next trial must be able to pay;
+            at least its grant, where that did not pay for it.
         logging_cpu_seconds: what came after the last report: storing the model, mostly.
         spent: CPU-seconds of the whole sweep, by cause, when the trial had ended.
         model_uri: of the logged model; None where the trial did not get so far.
@@ -147,7 +148,7 @@ class Referee:
 
         After the step ``shortened_after`` the fit makes those that follow as short as it must.
         """
-        self.trial, self.steps_end = trial, grant - logging
+        self.trial, self.grant, self.steps_end = trial, grant, grant - logging
         self.shortened_after = shortened_after
         self.curve: list[tracking.Point] = []
         self.spent = [0.0]  # CPU-seconds at the start and at each report
@@ -194,6 +195,8 @@ class Referee:
         elif state == "complete":  # the fit itself has ended before its last step
             state = "over_budget"
         total = event["cpu_seconds"]
+        # One that has given its first step up would have needed more than it was granted.
+        least = max(total, self.grant) if state == "over_budget" else total
         if "bill" in end:
             bill = completed(end["bill"], total)
         else:  # what it did since its last report it could not tell
@@ -203,7 +206,7 @@ class Referee:
             state=state,
             val_accuracy=self.curve[-1].values["val_accuracy"] if self.curve else None,
             bill=bill,
-            first_step_cpu_seconds=self.spent[1] if self.curve else total,
+            first_step_cpu_seconds=self.spent[1] if self.curve else least,
             logging_cpu_seconds=total - self.spent[-1] if self.curve else 0.0,
             spent={},
             run_id=run_id,

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import quiet
-from pipeline.bill import METER, charge
+from pipeline.bill import METER, OverBudget, charge
 from pipeline.spec import (
     LATE_LETTERS,
     LETTERS,
@@ -41,6 +41,10 @@ MAX_DRAWN = 1 << 17
 ROUNDS = 16  # of the cipher that computes it; with the usual 4 the orders of epochs are correlated
 WARM_UP = 0.1  # share of the schedule in which the learning rate rises
 SAFE = 0.9  # of what is left at half of a fit, that is planned with: epochs vary in cost
+# A first epoch that promises to take so many times what is left is given up. It is judged from an
+# eighth of its batches on, of so many at least, since they vary in cost; from the half on, what is
+# lost is less than what was spent, and an accuracy may come of it yet.
+HOPELESS, FEWEST_BATCHES = 1.2, 8
 # Where a letter begins in its picture with a pixel around it: in the middle, and shifted by one.
 SHIFTS = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
 
@@ -68,7 +72,8 @@ class _Shortening(keras.callbacks.Callback):  # type: ignore[misc]
     A learning rate that is still high when the CPU-seconds are gone leaves a bad model: its
     schedule is to complete. What a fit costs is known from a sweep's screen, but a machine may have
     become busier since, and takes more CPU-seconds for the same work: at half of it that is seen.
-    Where they end all the same, the fit ends with the epoch before (``cut``).
+    Where they end all the same, the fit ends with the epoch before (``cut``). One that has no epoch
+    yet has no model: where the first is seen to be too dear, the rest of the grant is not lost.
     """
 
     def __init__(self, params: Params, n_batches: int, reporter: "_Reporter") -> None:
@@ -79,11 +84,10 @@ class _Shortening(keras.callbacks.Callback):  # type: ignore[misc]
         self.given = math.ceil(params[LATE_LETTERS] / self.batch_size)
         self.found: Params = {}
         self.cut, self.n_done = False, 0  # batches of this epoch
+        self.epoch, self.traced = 0, 0.0  # CPU-seconds until the first batch was through
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        self.n_done = 0
-        if epoch == 1:  # a fit that has no epoch yet has no model
-            self._watch_batches()
+        self.epoch, self.n_done = epoch, 0
         if epoch == self.half and epoch > 0:
             self._shorten(min(self.n_batches, self.given or self._affordable()))
 
@@ -109,18 +113,34 @@ class _Shortening(keras.callbacks.Callback):  # type: ignore[misc]
             rate.hasten(self.half * self.n_batches, self.n_batches / n_batches)
         self.n_batches = n_batches
 
-    def _watch_batches(self) -> None:
+    def watch(self, net: Any) -> None:
         """Have Keras end an epoch early; the next one goes on with the letters that follow."""
-        train = self.model.train_function
+        train = net.train_function
 
         def watched(iterator: Any) -> Any:
             logs = train(iterator)
             self.n_done += 1
-            self.cut = METER.left() < 0
-            self.model.stop_training = self.cut or self.n_done == self.n_batches
+            if self.epoch == 0:
+                self._judge()
+            else:
+                self.cut = METER.left() < 0
+                net.stop_training = self.cut or self.n_done == self.n_batches
             return logs
 
-        self.model.train_function = watched
+        net.train_function = watched
+
+    def _judge(self) -> None:
+        """Give the fit up where its first epoch, by what its batches have cost, is too dear."""
+        if self.n_done == 1:  # which has built the graph
+            self.traced = time.process_time()
+        elif max(FEWEST_BATCHES, self.n_batches / 8) <= self.n_done <= self.n_batches / 2:
+            batch = (time.process_time() - self.traced) / (self.n_done - 1)
+            further, left = (self.n_batches - self.n_done) * batch, METER.left()
+            if further > HOPELESS * left:
+                raise OverBudget(
+                    f"after {self.n_done} of its {self.n_batches} batches the first epoch needs "
+                    f"{further:.1f} CPU-seconds more, and {max(0.0, left):.1f} are left"
+                )
 
 
 class _Reporter(keras.callbacks.Callback):  # type: ignore[misc]
@@ -198,9 +218,10 @@ def fit(
         # Variables that are made while a function is traced have it traced a second time.
         net.optimizer.build(net.trainable_variables)
         net.make_train_function()
-        _charge_first_call(net, "train_function", tracing)
         reporter = _Reporter(answering, params, val, report)
         shortening = _Shortening(params, n_batches, reporter)
+        shortening.watch(net)
+        _charge_first_call(net, "train_function", tracing)
         callbacks = [shortening, reporter]  # who has the last word
         if params["average"]:  # before the reporter, who is to see the averaged weights
             callbacks.insert(0, keras.callbacks.SwapEMAWeights(swap_on_epoch=True))

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -15,6 +17,7 @@ import tensorflow as tf
 from optuna.distributions import CategoricalDistribution
 
 from pipeline import models, registry
+from pipeline.bill import OverBudget
 from pipeline.models import _distort, _fused, _keras, cnn, lstm
 from pipeline.spec import Params, Part
 
@@ -363,9 +366,14 @@ class Grant:
         return {"fit": 4.0}
 
 
-def halves(patch: pytest.MonkeyPatch, **change: Any) -> tuple[Any, list[list[float]]]:
-    """A fit of two epochs in each half, 10 batches each, and the learning rates of each epoch."""
-    rates: list[list[float]] = [[]]
+def halves(
+    patch: pytest.MonkeyPatch, rates: list[list[float]] | None = None, **change: Any
+) -> tuple[Any, list[list[float]]]:
+    """A fit of two epochs in each half, 10 batches each, and the learning rates of each epoch.
+
+    ``rates`` is a list in which there is one for the first epoch, to have them while it goes on.
+    """
+    rates = [[]] if rates is None else rates
     make = keras.Model.make_train_function
 
     def noting(net: Any, force: bool = False) -> None:
@@ -409,6 +417,21 @@ def test_a_fit_that_its_grant_cannot_pay_for_ends_its_schedule_sooner(
     same, again = halves(monkeypatch, late_letters=6 * n_batches)
     assert (again, same.found) == (rates, {})
     np.testing.assert_allclose(same.predict(IMAGES), fitted.predict(IMAGES), atol=1e-5)
+
+
+# After 8 of 20 batches of 0.2 CPU-seconds each the first epoch takes 2.4 more.
+@pytest.mark.parametrize(("left", "n_batches"), [(1.9, 8), (2.1, 20)])
+def test_a_first_epoch_that_its_grant_cannot_pay_for_is_given_up_early(
+    left: float, n_batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[list[float]] = [[]]
+    clock = SimpleNamespace(process_time=lambda: 0.2 * len(rates[-1]))
+    monkeypatch.setattr(_keras, "METER", Grant(left))
+    monkeypatch.setattr(_keras, "time", clock)
+    why = "^after 8 of its 20 batches the first epoch needs 2.4 CPU-seconds more, and 1.9 are left$"
+    with pytest.raises(OverBudget, match=why) if n_batches < 20 else nullcontext():
+        halves(monkeypatch, rates, batch_size=3)
+    assert len(rates[0]) == n_batches
 
 
 def test_a_constant_rate_stays_where_a_fit_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,6 +252,7 @@ def _from_step_2(statement: str) -> str:
     )
 
 
+GIVEN_UP = "raise OverBudget('the first epoch is too dear')"
 # What a trial does; how it ends: its state, its failure, its run's status.
 FAILING = (
     ("raise ArithmeticError('no solution')", "failed", "error", "FAILED"),
@@ -259,6 +260,7 @@ FAILING = (
     ("raise FloatingPointError('the loss is nan')", "failed", "nan_loss", "FAILED"),
     ("os.kill(os.getpid(), signal.SIGKILL)", "killed", "killed", "KILLED"),
     (f"{GARBAGE}; time.sleep(9)", "failed", "error", "FAILED"),
+    (f"from pipeline.bill import OverBudget; {GIVEN_UP}", "over_budget", None, "FINISHED"),
 )
 
 
@@ -271,13 +273,16 @@ def test_trials_that_fail_do_not_end_the_sweep(sweeps: Sweeps, tmp_path: Path) -
             turn = len(os.listdir({str(turns)!r}))
             open(os.path.join({str(turns)!r}, str(turn)), "w").close()
             exec({acts!r}.get(turn, "pass"))"""
-    sweeps.run(toy(before=in_turn), n_trials=8, workers=1)
-    good, bad = sweeps.trials[:1] + sweeps.trials[6:], sweeps.trials[1:6]
+    sweeps.run(toy(before=in_turn), n_trials=9, workers=1)
+    good, bad = sweeps.trials[:1] + sweeps.trials[7:], sweeps.trials[1:7]
     for run, (statement, state, failure, status) in zip(bad, FAILING, strict=True):
-        assert (run.data.tags["state"], run.data.tags["failure"]) == (state, failure), statement
+        tags = run.data.tags
+        assert (tags["state"], tags.get("failure")) == (state, failure), statement
         assert run.info.status == status, statement
         if failure in ("error", "out_of_memory", "nan_loss") and GARBAGE not in statement:
             assert "traceback.txt" in artifacts(sweeps.store, run.info.run_id)
+    assert bad[-1].data.tags["error"] == "the first epoch is too dear"  # its page says it, too
+    assert "; the first epoch is too dear" in bad[-1].data.tags["mlflow.note.content"]
     assert len(good) == 3
     assert {run.info.status for run in good} == {"FINISHED"}
     assert sweeps.parent.info.status == "FINISHED"

@@ -61,6 +61,16 @@ def test_what_the_sweep_needs_beside_a_trial_is_taken_from_its_grant() -> None:
     assert _play(5.0, 13.0, overdraft=2.1).state == "over_budget"
 
 
+def test_a_first_step_that_was_given_up_costs_its_grant_at_least() -> None:
+    end = {"over_budget": True, "error": "too dear"}
+    given_up = _play().outcome("run", END | {"end": end, "over_budget": True})
+    killed = _play().outcome("run", END | {"end": None, "signal": 9})
+    assert (given_up.state, given_up.failure, given_up.error) == ("over_budget", None, "too dear")
+    for outcome, first_step in ((given_up, 25.0), (killed, 12.0)):
+        assert (outcome.val_accuracy, outcome.bill) == (None, {"lost": 12.0})
+        assert outcome.first_step_cpu_seconds == first_step
+
+
 def test_the_pruner_stops_a_trial_but_never_the_baseline() -> None:
     assert _play(1.0, number=1, lower=0.9).state == "pruned"
     assert _play(1.0, number=0, lower=0.9).state == "complete"
