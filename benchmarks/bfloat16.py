@@ -46,14 +46,14 @@ def main() -> None:
     parser.add_argument("--dataset", default="emnist_letters")
     parser.add_argument("--archive", default="default")
     parser.add_argument("--data_dir", default="data")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=RESULTS / "bfloat16.csv")
     args = parser.parse_args()
     data = prep.ensure(
         dataset=args.dataset, archive=args.archive, n_train=40_000, data_dir=args.data_dir
     )
     rows = []
-    for model, seed, chosen in itertools.product(FITS, range(args.seeds), precision.POLICIES):
+    for model, seed, chosen in itertools.product(FITS, args.seeds, precision.POLICIES):
         rows.append(fitted(model, chosen, seed, data))
         print(rows[-1], flush=True)
         pd.DataFrame(rows).to_csv(args.output, index=False)

@@ -9,9 +9,10 @@ own on one worker. A watchdog adds up CPU-seconds, of it and of all its children
 and kills it at the budget; its result is what had the best accuracy on ``val`` by then, after any
 epoch of any of its fits. A tuner that does not know its budget runs once, to the largest, and is
 looked at at each. Rows that are in ``results/peers.csv`` already are not run again, but for those
-of another processor: a CPU-second is worth another amount of work there, and so no mean and no
-picture mixes them. The tuners' packages are in ``benchmarks/requirements.txt``. ``--arms`` with
-those of ``arms.OURS`` in ``whole`` shows what each part of the sweep is good for.
+of another processor: a CPU-second is worth another amount of work there. So arms are compared in
+blocks, of one processor and one seed each, and a mean over blocks is of those that have all arms.
+The tuners' packages are in ``benchmarks/requirements.txt``. ``--arms`` with those of ``arms.OURS``
+in ``whole`` shows what each part of the sweep is good for.
 """
 
 import argparse
@@ -42,7 +43,8 @@ from sweeps.nursery import ONE_THREAD
 
 RESULTS = Path(__file__).parent / "results"
 KEYS = ["comparison", "model", "budget", "arm", "seed"]
-SET = ["processor", "comparison", "model", "budget"]  # within which arms are compared
+SET = ["comparison", "model", "budget"]  # within which arms are compared
+BLOCK = ["processor", "seed"]  # and, as conditions differ between these, within which of a set
 AWARE = (*arms.OURS, "random_top")  # arms that know their budget
 FEW = ("deck", "random", "random_top", "optuna_median")  # the arms for other models than the CNN
 LEVELS = {"cnn": 0.907, "lstm": 0.887, "knn": 0.812}  # the deck's models', here
@@ -111,12 +113,17 @@ class Tally:
         return max(0.0, self.gone[pid] - self.waited[pid])
 
 
+def known(model: str) -> list[str]:
+    """The arms for a model: our sweep and the other tuners."""
+    return ["ours", *(arms.ARMS if model == "cnn" else FEW)]
+
+
 def planned(args: argparse.Namespace) -> Iterator[Job]:
     for seed, model in itertools.product(args.seeds, args.models):
-        known = args.arms or ["ours", *(arms.ARMS if model == "cnn" else FEW)]
-        if "deck" in known:  # the same in all comparisons
+        wanted = args.arms or known(model)
+        if "deck" in wanted:  # the same in all comparisons
             yield Job(tuple(args.comparisons), model, tuple(args.budgets), "deck", seed)
-        for comparison, arm in itertools.product(args.comparisons, known):
+        for comparison, arm in itertools.product(args.comparisons, wanted):
             if arm in AWARE:
                 for budget in args.budgets:
                     yield Job((comparison,), model, (budget,), arm, seed)
@@ -253,47 +260,66 @@ def _anytime(found: Sequence[dict[str, Any]], budget: float) -> float:
     return float(np.mean(best))
 
 
-def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean over seeds of each arm, with the standard deviation of its accuracy on test."""
-    grouped = rows.groupby([*SET, "arm"], sort=False)
-    means = grouped[
-        ["test_accuracy", "n_fits", "reached_deck_at", "anytime", "overrun", "overhead_share"]
-    ].mean()
-    means.insert(1, "test_std", grouped["test_accuracy"].std())
-    means.insert(0, "n_seeds", grouped.size())
-    ascending = [True] * len(SET) + [False]
-    return means.reset_index().sort_values([*SET, "test_accuracy"], ascending=ascending)
+def complete(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of complete blocks: where a set has all its arms on one processor, by one seed."""
+    here = rows[
+        [arm in known(model) for arm, model in zip(rows["arm"], rows["model"], strict=True)]
+    ]
+    return here.groupby([*SET, *BLOCK]).filter(
+        lambda block: len(block) == len(known(block["model"].iloc[0]))
+    )
 
 
-def picture(means: pd.DataFrame) -> Figure:
-    """Accuracy on test of each arm, with the standard deviation over seeds; a panel for each set.
+def table(rows: pd.DataFrame, by: Sequence[str] = SET) -> pd.DataFrame:
+    """Mean over blocks of each arm, with the standard deviation of its accuracy on test.
 
-    ``means`` is what ``table`` gives. Sets in which one arm was run alone are left out, unless
-    all are such.
+    ``behind`` is how far it is behind our sweep on average, in the blocks that have both.
     """
-    sets = list(means.groupby(SET, sort=False))
-    panels = [one for one in sets if len(one[1]) > 1] or sets
-    n_columns = min(len(panels), 4)
-    n_rows = -(-len(panels) // n_columns)
-    figure = Figure(figsize=(4.2 * n_columns, 3.2 * n_rows), layout="constrained")
-    grid = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
-    for axes in grid[len(panels) :]:
+    ours = rows[rows["arm"] == "ours"].set_index([*SET, *BLOCK])["test_accuracy"]
+    there = rows.join(ours.rename("behind"), on=[*SET, *BLOCK])
+    there["behind"] -= there["test_accuracy"]
+    grouped = there.groupby([*by, "arm"], sort=False)
+    figures = ["n_fits", "reached_deck_at", "anytime", "overrun", "overhead_share"]
+    means = grouped[["test_accuracy", "behind", *figures]].mean()
+    means.insert(1, "test_std", grouped["test_accuracy"].std())
+    means.insert(0, "n_blocks", grouped.size())
+    ascending = [True] * len(by) + [False]
+    return means.reset_index().sort_values([*by, "test_accuracy"], ascending=ascending)
+
+
+def picture(rows: pd.DataFrame) -> Figure:
+    """Accuracy on test of each arm in each block, and the mean over them; a panel for each set.
+
+    ``rows`` are those of ``complete`` blocks.
+    """
+    means = table(rows)
+    models, columns = means["model"].unique(), means[["comparison", "budget"]].drop_duplicates()
+    figure = Figure(figsize=(4.2 * len(columns), 3.2 * len(models)), layout="constrained")
+    grid = figure.subplots(len(models), len(columns), squeeze=False)
+    for axes in grid.ravel():
         axes.set_axis_off()
-    for axes, ((processor, comparison, model, budget), rows) in zip(grid, panels, strict=False):
-        ordered = rows.sort_values("test_accuracy")
-        accuracy, spread = 100 * ordered["test_accuracy"], 100 * ordered["test_std"].fillna(0)
+    for (comparison, model, budget), ordered in means.groupby(SET, sort=False):
+        row = list(models).index(model)
+        axes = grid[row, list(columns.itertuples(index=False)).index((comparison, budget))]
+        axes.set_axis_on()
+        ordered = ordered.iloc[::-1]  # the best at the top
+        same = (rows[SET] == [comparison, model, budget]).all(axis=1)
+        single = rows[same].set_index("arm")["test_accuracy"]
         # Points, not bars: the axis does not begin at 0.
-        for arm, x, half in zip(ordered["arm"], accuracy, spread, strict=True):
+        for arm, mean in zip(ordered["arm"], ordered["test_accuracy"], strict=True):
             colour = plots.GREY if arm in arms.ARMS else plots.BLUE
-            axes.errorbar(x, arm, xerr=half, fmt="o", color=colour, capsize=3 if half else 0)
+            each = 100 * single[[arm]]
+            axes.plot(each, [arm] * len(each), "o", color=colour, alpha=0.4, markersize=4)
+            axes.plot(100 * mean, arm, "|", color=colour, markersize=16, markeredgewidth=2.5)
             at_the_edge = axes.get_yaxis_transform()
-            axes.text(1.02, arm, f"{x:.1f}", transform=at_the_edge, va="center")
+            axes.text(1.02, arm, f"{100 * mean:.1f}", transform=at_the_edge, va="center")
         axes.grid(axis="x", alpha=0.3)
-        axes.set_title(
-            f"{model.upper()}, {comparison}, {budget} CPU-s\n{processor}", loc="left", fontsize=10
-        )
+        n_blocks = ordered["n_blocks"].iloc[0]
+        seeds = "1 seed" if n_blocks == 1 else f"{n_blocks} seeds"
+        title = f"{model.upper()}, {comparison}, {budget} CPU-s ({seeds})"
+        axes.set_title(title, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("test accuracy (%), mean over seeds; this project in blue")
+    figure.supxlabel("accuracy on test (%) of each seed, and their mean; this project in blue")
     return figure
 
 
@@ -365,9 +391,12 @@ def main() -> None:
         found.insert(0, "processor", processor)
         found.to_csv(args.output, mode="a", header=not args.output.exists(), index=False)
         print(found.to_string(index=False, header=False), flush=True)
-    means = table(pd.read_csv(args.output))
-    picture(means).savefig(args.output.with_suffix(".png"), dpi=110)
-    print(means.to_string(index=False))
+    rows = pd.read_csv(args.output)
+    print(table(rows, ["processor", *SET]).to_string(index=False))
+    whole = complete(rows)
+    if len(whole):
+        picture(whole).savefig(args.output.with_suffix(".png"), dpi=110)
+        print(f"complete blocks:\n{table(whole).to_string(index=False)}")
 
 
 if __name__ == "__main__":

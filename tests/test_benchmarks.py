@@ -364,50 +364,64 @@ def test_numbers_of_another_tuner_come_as_those_of_python() -> None:
     assert [type(value) for value in values.values()] == [int, float, bool]
 
 
+FIGURES = dict.fromkeys(("n_fits", "anytime", "overrun", "overhead_share"), 0.5)
+FIGURES |= {"reached_deck_at": np.nan}
+BASES = dict(zip([*peers.FEW, "ours"], (0.8, 0.84, 0.86, 0.88, 0.9), strict=True))
+
+
+def block(processor: str, seed: int, gain: float = 0.0, budget: int = 300) -> pd.DataFrame:
+    """What all arms of the KNN have on a processor by a seed, with a ``gain`` for all of them."""
+    same = {"processor": processor, "comparison": "whole", "model": "knn", "budget": budget}
+    same |= {"seed": seed} | FIGURES
+    return pd.DataFrame(
+        [same | {"arm": arm, "test_accuracy": base + gain} for arm, base in BASES.items()]
+    )
+
+
 def test_a_table_has_a_row_for_each_arm_the_best_first() -> None:
-    rows = pd.DataFrame(
-        [
-            {"processor": "Abacus", "comparison": "whole", "model": "cnn", "budget": 300}
-            | {"arm": arm, "seed": seed}
-            | dict.fromkeys(("n_fits", "anytime", "overrun", "overhead_share"), 0.5)
-            | {"reached_deck_at": np.nan, "test_accuracy": accuracy + 0.01 * seed}
-            for arm, accuracy in (("random", 0.8), ("ours", 0.9))
-            for seed in range(3)
-        ]
-    )
-    table = peers.table(rows)
-    assert list(table["arm"]) == ["ours", "random"]
-    assert list(table["n_seeds"]) == [3, 3]
-    assert list(table["test_accuracy"]) == pytest.approx([0.91, 0.81])
-    assert list(table["test_std"]) == pytest.approx([0.01, 0.01])
-    (axes,) = peers.picture(table).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["random", "ours"]
-    alone = table[table["arm"] == "ours"].assign(budget=900)
-    assert len(peers.picture(pd.concat([table, alone])).axes) == 1
-    assert len(peers.picture(alone).axes) == 1
+    table = peers.table(pd.concat([block("Abacus", seed, 0.01 * seed) for seed in range(3)]))
+    assert list(table["arm"]) == ["ours", *reversed(peers.FEW)]
+    assert list(table["n_blocks"]) == 5 * [3]
+    assert list(table["test_accuracy"]) == pytest.approx([0.91, 0.89, 0.87, 0.85, 0.81])
+    assert list(table["test_std"]) == pytest.approx(5 * [0.01])
+    assert list(table["behind"]) == pytest.approx([0.0, 0.02, 0.04, 0.06, 0.1])
 
 
-def test_rows_of_another_processor_are_neither_there_nor_in_a_mean(tmp_path: Path) -> None:
-    key = ("whole", "cnn", 300, "ours", 0)
-    row = dict(zip(peers.KEYS, key, strict=True)) | dict.fromkeys(
-        ("n_fits", "reached_deck_at", "anytime", "overrun", "overhead_share"), 0.5
-    )
-    rows = pd.DataFrame(
-        [
-            {"processor": "Abacus"} | row | {"test_accuracy": 0.8},
-            {"processor": "Pascaline"} | row | {"test_accuracy": 0.9},
-        ]
-    )
+def test_arms_are_compared_in_blocks_that_have_all_of_them() -> None:
+    first, second = block("Abacus", 0), block("Pascaline", 1, 0.02)
+    lacking = block("Abacus", 2, 0.05).query("arm != 'random'")
+    part = first.head(1).assign(arm="without_screen", test_accuracy=0.5)
+    whole = peers.complete(pd.concat([first, lacking, second, part]))
+    # Law: no arm's mean is of another processor or seed than that of another one.
+    pd.testing.assert_frame_equal(whole, pd.concat([first, second]))
+    table = peers.table(whole)
+    assert list(table["n_blocks"]) == 5 * [2]
+    assert list(table["test_accuracy"]) == pytest.approx([0.91, 0.89, 0.87, 0.85, 0.81])
+    # Nor is it where blocks are not complete: those of one processor are not of another.
+    alone = peers.table(pd.concat([first, second]), ["processor", *peers.SET])
+    assert list(alone["n_blocks"]) == 10 * [1]
+    assert len(peers.complete(lacking)) == 0
+
+
+def test_a_picture_of_peers_has_a_panel_for_each_set() -> None:
+    blocks = [block("Abacus", 0), block("Pascaline", 1, 0.02), block("Abacus", 0, 0.03, 900)]
+    two, one = peers.picture(pd.concat(blocks)).axes
+    assert two.get_title(loc="left") == "KNN, whole, 300 CPU-s (2 seeds)"
+    assert one.get_title(loc="left") == "KNN, whole, 900 CPU-s (1 seed)"
+    # Law: each arm has a point for each seed, and its mean; the best is at the top.
+    assert [label.get_text() for label in two.get_yticklabels()] == [*peers.FEW, "ours"]
+    ours = [list(line.get_xdata()) for line in two.lines if line.get_ydata()[0] == "ours"]
+    assert ours == [pytest.approx([90, 92]), pytest.approx([91])]
+    assert [text.get_text() for text in two.texts] == ["81.0", "85.0", "87.0", "89.0", "91.0"]
+
+
+def test_rows_of_another_processor_are_not_there(tmp_path: Path) -> None:
+    rows = pd.concat([block("Abacus", 0), block("Pascaline", 1)])
     path = tmp_path / "peers.csv"
     assert peers.rows_of(path, "Abacus") == set()
     rows.to_csv(path, index=False)
-    assert peers.rows_of(path, "Abacus") == {key}
+    assert peers.rows_of(path, "Abacus") == {("whole", "knn", 300, arm, 0) for arm in BASES}
     assert peers.rows_of(path, "Arithmometer") == set()
-    table = peers.table(rows)
-    assert list(table["test_accuracy"]) == [0.8, 0.9]
-    assert list(table["n_seeds"]) == [1, 1]
-    titles = [axes.get_title(loc="left") for axes in peers.picture(table).axes]
-    assert [title.splitlines()[1] for title in titles] == ["Abacus", "Pascaline"]
 
 
 def test_a_synthesised_archive_is_one_of_drawn_letters(
