@@ -28,9 +28,10 @@ PLAIN = {
     "knn": ("n_neighbors", "weights", "deskew", "blur", "n_components"),
 }
 # What our sweep never searches, for how it works and not for what is known of letters: it compares
-# fits by schedules that complete, neighbours are counted and weighed for nothing, and how far a fit
-# must shorten itself is its grant's to say.
-METHOD = ("schedule", "n_neighbors", "weights", LATE_LETTERS)
+# fits by schedules that complete, which leave nothing to average (and the average over a short
+# fit's few batches is still of its first weights); neighbours are counted and weighed for nothing;
+# how far a fit must shorten itself is its grant's to say.
+METHOD = ("schedule", "average", "n_neighbors", "weights", LATE_LETTERS)
 Report = Callable[[int, float], bool]
 # The project's sweep, and what it is without one of its parts.
 OURS = ("ours", "without_screen", "without_bfloat16", "without_phases")

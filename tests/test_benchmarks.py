@@ -275,8 +275,8 @@ def test_an_environment_without_bytecode_is_refused(
 @pytest.mark.parametrize(
     ("model", "fixed"),
     [
-        ("cnn", {"schedule": "cosine", "late_letters": 0}),
-        ("lstm", {"schedule": "cosine", "late_letters": 0}),
+        ("cnn", {"schedule": "cosine", "average": 0.0, "late_letters": 0}),
+        ("lstm", {"schedule": "cosine", "average": 0.0, "late_letters": 0}),
         ("knn", {"n_neighbors": 0, "weights": "best"}),
     ],
 )
