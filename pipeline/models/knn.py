@@ -1,6 +1,6 @@
 """Nearest neighbours. The defaults are the deck's: five neighbours on plain pixels."""
 
-import resource
+import math
 import tempfile
 import time
 from functools import partial
@@ -11,6 +11,7 @@ import numpy as np
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from threadpoolctl import threadpool_limits
 
+from pipeline.bill import METER
 from pipeline.models import _memory
 from pipeline.spec import (
     Fitted,
@@ -130,11 +131,10 @@ def _check_memory(params: Params, n_letters: int) -> None:
 
 
 def _check_time(params: Params, train: Part, n_val: int) -> None:
-    """Ask only where the kernel holds this process to a number of CPU-seconds: in a trial."""
-    limit, n_letters = resource.getrlimit(resource.RLIMIT_CPU)[0], len(train.labels)
-    if limit == resource.RLIM_INFINITY or n_letters <= SOON:
+    """Ask only where the CPU-seconds of a fit are limited: in a trial."""
+    left, n_letters = METER.left(), len(train.labels)
+    if math.isinf(left) or n_letters <= SOON:
         return
-    left = limit - time.process_time()
     needed = _seconds_to_first_report(params, train, n_val)
     if needed > BY_FAR * left:
         raise TooLong(
