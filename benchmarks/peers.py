@@ -113,14 +113,14 @@ class Tally:
         return max(0.0, self.gone[pid] - self.waited[pid])
 
 
-def known(model: str) -> list[str]:
+def arms_of(model: str) -> list[str]:
     """The arms for a model: our sweep and the other tuners."""
     return ["ours", *(arms.ARMS if model == "cnn" else FEW)]
 
 
 def planned(args: argparse.Namespace) -> Iterator[Job]:
     for seed, model in itertools.product(args.seeds, args.models):
-        wanted = args.arms or known(model)
+        wanted = args.arms or arms_of(model)
         if "deck" in wanted:  # the same in all comparisons
             yield Job(tuple(args.comparisons), model, tuple(args.budgets), "deck", seed)
         for comparison, arm in itertools.product(args.comparisons, wanted):
@@ -263,10 +263,10 @@ def _anytime(found: Sequence[dict[str, Any]], budget: float) -> float:
 def complete(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of complete blocks: where a set has all its arms on one processor, by one seed."""
     here = rows[
-        [arm in known(model) for arm, model in zip(rows["arm"], rows["model"], strict=True)]
+        [arm in arms_of(model) for arm, model in zip(rows["arm"], rows["model"], strict=True)]
     ]
     return here.groupby([*SET, *BLOCK]).filter(
-        lambda block: len(block) == len(known(block["model"].iloc[0]))
+        lambda block: len(block) == len(arms_of(block["model"].iloc[0]))
     )
 
 
@@ -397,6 +397,8 @@ def main() -> None:
     if len(whole):
         picture(whole).savefig(args.output.with_suffix(".png"), dpi=110)
         print(f"complete blocks:\n{table(whole).to_string(index=False)}")
+    else:
+        print("no picture: no block has all arms yet")
 
 
 if __name__ == "__main__":

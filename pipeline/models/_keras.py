@@ -114,7 +114,10 @@ class _Shortening(keras.callbacks.Callback):  # type: ignore[misc]
         self.n_batches = n_batches
 
     def watch(self, net: Any) -> None:
-        """Have Keras end an epoch early; the next one goes on with the letters that follow."""
+        """Look at each batch, and have Keras end an epoch early where it must.
+
+        The next epoch goes on with the letters that follow.
+        """
         train = net.train_function
 
         def watched(iterator: Any) -> Any:
