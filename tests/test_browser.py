@@ -113,6 +113,14 @@ def test_the_page_never_scrolls_sideways(tab: Any, address: str, width: int) -> 
     assert max(boxes) <= width
 
 
+def test_the_models_stand_side_by_side_in_a_small_window(tab: Any, address: str) -> None:
+    page = tab(address, size={"width": 1100, "height": 800})
+    table = page.locator("#table .scroll").first
+    assert table.evaluate("node => node.scrollWidth - node.clientWidth") == 0
+    page.set_viewport_size({"width": 800, "height": 800})  # where they cannot, it shows
+    assert table.evaluate("node => node.scrollWidth - node.clientWidth") > 0
+
+
 def test_figures_fill_a_phone_and_their_words_can_be_read(tab: Any, address: str) -> None:
     page = tab(address, size=PHONE)
     for figure in page.locator(".charts > figure:not(.fine) svg").all():

@@ -96,7 +96,8 @@ class Embedding:
             pixels = gaussian_filter(pixels, sigma, axes=(1, 2))
         if self.params["features"] == "gradients":
             return gradient_histograms(pixels)
-        return pixels.reshape(len(pixels), -1)
+        flat = pixels.reshape(len(pixels), -1)
+        return flat if self.kernel is None else unit(flat)  # as its gamma is meant for
 
 
 def n_axes(params: dict[str, Any], n_features: int) -> int:
@@ -206,9 +207,13 @@ def gradient_histograms(images: Floats) -> Floats:
         away = half - np.abs(direction) if i == half else np.abs(direction - other)
         edges = np.maximum(0, 1 - away) * strength
         found[:, i] = cells @ (edges @ cells.T)
-    found = np.sqrt(found.reshape(len(images), -1))
-    histograms: Floats = found / (np.linalg.norm(found, axis=1, keepdims=True) + 1e-6)
-    return histograms
+    return unit(np.sqrt(found.reshape(len(images), -1)))
+
+
+def unit(vectors: Floats) -> Floats:
+    """Vectors (n, d) of length 1, but for one of zeros."""
+    scaled: Floats = vectors / (np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-6)
+    return scaled
 
 
 class Priced(NamedTuple):

@@ -220,6 +220,17 @@ def test_a_kernel_bends_the_borders_of_lda() -> None:
     assert overlap(mapped) == 0
 
 
+@pytest.mark.parametrize("features", ["pixels", "gradients"])
+def test_a_kernel_sees_vectors_of_one_length(features: str) -> None:
+    params = PLAIN | {"features": features, "lda_shrinkage": 0.1, "kernel_components": 2000}
+    embed = Embedding(params, np.empty((0, 0), np.float32))
+    pale = IMAGES // 2
+    # Law: paler ink is no other letter; two letters are as near as gamma has it.
+    np.testing.assert_allclose(embed.features(2 * pale), embed.features(pale), atol=1e-4)
+    products = embed.features(IMAGES) @ embed.features(IMAGES).T
+    assert 0.3 < products.min() < products.max() < 1.1
+
+
 @pytest.mark.parametrize("change", [{}, {"n_components": 20}, knn.PRIORS[0]])
 def test_a_stopped_fit_serves_what_it_predicts(change: dict[str, object], tmp_path: Path) -> None:
     letters = Part(IMAGES, LABELS[: len(IMAGES)])
