@@ -41,6 +41,9 @@ WORTH = 1.05  # times the letters that whole steps would see; for less no fit le
 # So much an error counts that is promised to another than a prior: the best of many short fits owes
 # some of its accuracy to chance, and some to what is ahead in a short fit alone.
 DOUBT = 1.1
+# Who promises so many times the error of the best is no rival: what he would take makes the best's
+# fit longer. Two promises, each right within a fifth, hardly change places over that.
+RIVAL = 1.25
 N_LETTERS = "n_letters"  # the hyperparameter of models that may train on some letters
 # User attributes: the trial whose worker has died; the one of the screen that a race goes on with;
 # the place of one of the screen among the model's priors, from 1.
@@ -108,19 +111,23 @@ class Shares(NamedTuple):
     cpu_seconds: float
 
 
-def shares(left: float, step: float, extra: float, max_steps: int) -> Shares:
+def shares(
+    left: float, step: float, extra: float, max_steps: int, n_rivals: float = math.inf
+) -> Shares:
     """Whole fits that ``left`` CPU-seconds pay for, where a step of a good one takes ``step``.
 
     Both grow with the square root of the budget: the number of fits, and their length. But there
     are no two where three have ``ENOUGH`` steps: so a winner has further seeds. ``extra`` is what a
-    fit costs beside its steps; more than ``max_steps`` steps serve no fit.
+    fit costs beside its steps; more than ``max_steps`` steps serve no fit. No more than the
+    ``n_rivals`` that promise as much race, unless their fits are that long.
     """
-    n_steps = left / max(step, 1e-6)
-    n_fits = max(1, round(math.sqrt(n_steps) / LENGTH), round(left / (max_steps * step + extra)))
+    n_steps, fewest = left / max(step, 1e-6), round(left / (max_steps * step + extra))
+    n_fits = max(1, round(math.sqrt(n_steps) / LENGTH), fewest)
     if n_fits == N_CONFIRMING and n_steps >= ENOUGH * (1 + N_CONFIRMING):
         n_fits = 1 + N_CONFIRMING
     n_confirming = N_CONFIRMING if n_fits > N_CONFIRMING else 0
-    return Shares(n_fits - n_confirming, n_confirming, left / n_fits)
+    n_racing = int(min(n_fits - n_confirming, max(1, n_rivals, fewest - n_confirming)))
+    return Shares(n_racing, n_confirming, left / (n_racing + n_confirming))
 
 
 def max_steps(member: ModuleType) -> int:
@@ -186,12 +193,24 @@ class Phases:
         n_begun = sum(RETRY_OF not in trial.user_attrs for trial in begun)
         fixed = search.screened(self.member, n_begun) | self.everywhere
         grant = min(left, GRANT_SHARE * self.total)
-        screened = [one.cpu_seconds for one in self._screened()]
+        screened = self._screened()
         proposed = n_begun >= len(search.known(self.member))
         if proposed and screened:
-            grant = min(grant, DEAR * float(np.median(screened)))
+            grant = min(grant, self._worth_screening(screened))
         notes = {PRIOR: n_begun} if n_begun and not proposed else None
         return self._propose(fixed, phase, self.seed, grant, notes)
+
+    def _worth_screening(self, screened: Sequence[Outcome]) -> float:
+        """CPU-seconds that one more short fit may take, by those so far.
+
+        One that is much dearer than these tells too little; one of which what follows the screen
+        would not pay for ``FEWEST_STEPS`` whole steps could not race.
+        """
+        costs = [one.cpu_seconds for one in screened]
+        beside = [one.cpu_seconds - one.bill.get("fit", 0.0) for one in screened]
+        short = (1 - SCREEN_SHARE) * self.total / (FEWEST_STEPS * self.growth.cost)
+        able = max(min(costs), short + float(np.median(beside)))
+        return min(able, DEAR * float(np.median(costs)))
 
     def _whole(self, left: float) -> Proposal | None:
         """A trial of the race, or one that confirms its winner."""
@@ -257,7 +276,7 @@ class Phases:
         extra = screened.cpu_seconds - short + self.growth.extra * short
         return self.growth.cost * short, extra
 
-    def _promising(self, screened: Sequence[Outcome], grant: float) -> list[Outcome]:
+    def _promising(self, screened: Sequence[Outcome], grant: float) -> list[tuple[float, Outcome]]:
         """What can race with a grant, by the error that its schedule is expected to end with.
 
         A prior, which is known to be good in whole fits, comes before what is hardly better.
@@ -275,7 +294,7 @@ class Phases:
         # One that can do but a step or two is no better off than in the screen.
         able = [one for one in screened if seen(one) >= FEWEST_STEPS * self.growth.n_train]
         able = able or [one for one in screened if seen(one)]
-        return sorted(able, key=expected)
+        return sorted(((expected(one), one) for one in able), key=lambda promise: promise[0])
 
     def _race(self, screened: Sequence[Outcome], grant: float) -> Proposal | None:
         """A trial of the race, as long as the grant pays for; None where that is nothing.
@@ -300,7 +319,7 @@ class Phases:
         def length(trial: Trial) -> int:
             return self._seen(trial.params[steps], trial.params.get(N_LETTERS, 0))
 
-        one = min(promising, key=n_races)
+        one = min((one for _, one in promising), key=n_races)
         n_steps, n_letters = self._length(one, grant)
         whole = search.whole(self.member) | {steps: n_steps}
         whole |= {N_LETTERS: n_letters} if n_letters else {}
@@ -372,8 +391,10 @@ class Phases:
         key = f"shares of {self.total:g}"
         if key not in self.study.user_attrs:
             # By what would be best with half of it: how many share it is not known yet.
-            best = (self._promising(screened, left / 2) or screened)[0]
-            found = shares(left, *self._costs(best), max_steps(self.member))
+            promises = self._promising(screened, left / 2) or [(1.0, screened[0])]
+            least, best = promises[0]
+            n_rivals = sum(error <= RIVAL * least for error, _ in promises)
+            found = shares(left, *self._costs(best), max_steps(self.member), n_rivals)
             self.study.set_user_attr(key, found._asdict())
         return Shares(**self.study.user_attrs[key])
 

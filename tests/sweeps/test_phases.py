@@ -291,7 +291,7 @@ def test_a_prior_races_before_what_is_hardly_better(
         name: one._replace(val_accuracy=1 - error)
         for one, (name, error) in zip(screened, errors.items(), strict=True)
     }
-    ordered = driver.phases._promising(list(found.values()), 300.0)
+    ordered = [one for _, one in driver.phases._promising(list(found.values()), 300.0)]
     assert ordered[0] is found[first]
     assert ordered[-1] is found["default"]
 
@@ -336,7 +336,29 @@ def test_a_small_budget_has_one_whole_fit_and_a_large_one_more_and_longer() -> N
     for plan, left in zip(plans, budgets, strict=True):
         assert (plan.n_racing + plan.n_confirming) * plan.cpu_seconds == pytest.approx(left)
     # Law: no fit gets more than the steps that it may do, however large the budget.
-    assert shares(100_000, 1.0, 3.0, 30).cpu_seconds <= 1.1 * (30 + 3)
+    for n_rivals in (1, 10_000):
+        assert shares(100_000, 1.0, 3.0, 30, n_rivals).cpu_seconds <= 1.1 * (30 + 3)
+
+
+@pytest.mark.parametrize(("left", "n_confirming"), [(700, 0), (3000, 2)])
+def test_who_has_no_rival_has_the_whole_race(left: float, n_confirming: int) -> None:
+    assert shares(left, 25.0, 3.0, 60, n_rivals=2) == shares(left, 25.0, 3.0, 60)
+    alone = shares(left, 25.0, 3.0, 60, n_rivals=1)
+    assert alone == (1, n_confirming, left / (1 + n_confirming))
+
+
+@pytest.mark.parametrize(("error", "n_racing"), [(0.21, 2), (0.24, 1)])
+def test_who_promises_much_less_than_the_best_does_not_race(
+    error: float, n_racing: int, tmp_path: Path
+) -> None:
+    driver, found = Driver(tmp_path, 300), []
+    for wrong in (0.5, 0.2, error):  # the defaults, the prior, what was proposed
+        proposal = driver.ask()
+        assert proposal is not None
+        driver.end(proposal)
+        same = {"fit": 2.0, "tracing": EXTRA}
+        found.append(driver.outcomes[-1]._replace(val_accuracy=1 - wrong, bill=same))
+    assert driver.phases._plan(found, 200.0).n_racing == n_racing
 
 
 def test_later_racers_search_what_a_step_does_not_tell(
@@ -424,6 +446,21 @@ def test_no_more_than_some_medians_is_spent_on_one_of_the_screen(tmp_path: Path)
     known, others = driver.of("screen")[:2], driver.of("screen")[2:]
     assert {proposal.grant for proposal in known} == {900.0}
     assert all(proposal.grant <= 4 * (EXTRA + 2 + 6) for proposal in others)
+
+
+@pytest.mark.parametrize("total", [60, 100, 150])
+def test_nothing_is_screened_that_could_not_race(tmp_path: Path, total: float) -> None:
+    driver = Driver(tmp_path, 4 * total)
+    for _ in range(2):  # a budget of which they leave enough for a third
+        proposal = driver.ask()
+        assert proposal is not None
+        driver.end(proposal)
+    driver.phases.total = total
+    # Law: it may take as long as one of which three whole steps could be paid for after the screen,
+    # or as the cheapest so far.
+    cheapest = min(outcome.cpu_seconds for outcome in driver.outcomes)
+    able = EXTRA + (1 - SCREEN_SHARE) * total / (3 * GROWTH.cost)
+    assert driver.phases._screen("screen", 400.0).grant == pytest.approx(max(cheapest, able))
 
 
 def test_what_is_too_dear_for_a_step_is_worse_than_what_fails(tmp_path: Path) -> None:
