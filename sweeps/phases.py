@@ -44,6 +44,9 @@ DOUBT = 1.1
 # Who promises so many times the error of the best is no rival: what he would take makes the best's
 # fit longer. Two promises, each right within a fifth, hardly change places over that.
 RIVAL = 1.25
+# Times the error of one fit, that each of two which race may promise: the better of two promises,
+# each right within a tenth or so, does so much better than promised.
+EITHER = 1.06
 N_LETTERS = "n_letters"  # the hyperparameter of models that may train on some letters
 # User attributes: the trial whose worker has died; the one of the screen that a race goes on with;
 # the place of one of the screen among the model's priors, from 1.
@@ -395,6 +398,11 @@ class Phases:
             least, best = promises[0]
             n_rivals = sum(error <= RIVAL * least for error, _ in promises)
             found = shares(left, *self._costs(best), max_steps(self.member), n_rivals)
+            if found.n_racing + found.n_confirming == 2:
+                # With all of it another may be best, which is too dear for half.
+                whole, alone = self._promising(screened, left)[0]
+                if EITHER * whole < least:
+                    found = shares(left, *self._costs(alone), max_steps(self.member), 1)
             self.study.set_user_attr(key, found._asdict())
         return Shares(**self.study.user_attrs[key])
 

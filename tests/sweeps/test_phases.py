@@ -448,6 +448,21 @@ def test_no_more_than_some_medians_is_spent_on_one_of_the_screen(tmp_path: Path)
     assert all(proposal.grant <= 4 * (EXTRA + 2 + 6) for proposal in others)
 
 
+@pytest.mark.parametrize(("better", "n_racing"), [(0.15, 1), (0.19, 2)])
+def test_what_is_better_and_too_dear_for_half_of_the_race_has_all_of_it(
+    better: float, n_racing: int, tmp_path: Path
+) -> None:
+    driver, found = Driver(tmp_path, 300), []
+    for error, fit in ((0.2, 2.0), (0.2, 2.0), (better, 9.0)):
+        proposal = driver.ask()
+        assert proposal is not None
+        driver.end(proposal)
+        bill = {"fit": fit, "tracing": EXTRA}
+        found.append(driver.outcomes[-1]._replace(val_accuracy=1 - error, bill=bill))
+    # Half of it pays for 16 epochs of the first two, or for 3 of the third; all for 6 of that.
+    assert driver.phases._plan(found, 200.0).n_racing == n_racing
+
+
 @pytest.mark.parametrize("total", [60, 100, 150])
 def test_nothing_is_screened_that_could_not_race(tmp_path: Path, total: float) -> None:
     driver = Driver(tmp_path, 4 * total)
