@@ -270,7 +270,7 @@ def test_a_step_on_all_letters_is_dearer_than_one_of_the_screen(
     assert found.cost == pytest.approx(cost)
 
 
-@pytest.mark.parametrize(("better", "first"), [(1.05, "prior"), (1.2, "proposed")])
+@pytest.mark.parametrize(("better", "first"), [(1.15, "prior"), (1.25, "proposed")])
 def test_a_prior_races_before_what_is_hardly_better(
     better: float, first: str, tmp_path: Path
 ) -> None:
