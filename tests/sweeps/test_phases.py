@@ -155,7 +155,9 @@ def test_a_budget_is_screened_raced_and_confirmed(tmp_path: Path, total: float) 
     def promised(one: Outcome) -> float:
         n_steps, n_letters = driver.phases._length(one, racing[0].grant)
         seen = n_steps * (n_letters or 400) / 100
-        return (1 - (one.val_accuracy or 0)) * (0.3 + 0.7 * seen**-0.65)
+        is_prior = "prior" in driver.study.trials[one.number].user_attrs
+        doubt = 1.0 if is_prior else phases.DOUBT
+        return doubt * (1 - (one.val_accuracy or 0)) * (0.3 + 0.7 * seen**-0.65)
 
     best = min(screened, key=promised)
     assert late(racing[0].trial.params) == late(driver.study.trials[best.number].params)
@@ -561,7 +563,7 @@ def test_a_continued_study_screens_its_share_and_keeps_the_best_that_it_has(
 
 
 def test_what_failed_in_a_race_does_not_race_again_for_longer(tmp_path: Path) -> None:
-    first = Driver(tmp_path, 300)
+    first = Driver(tmp_path, 120)
     first.run(first.first_racer_fails)
     again = Driver(tmp_path, 2400)
 
