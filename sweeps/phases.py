@@ -40,7 +40,7 @@ FEWEST_STEPS = 3  # of a racing trial, if any of the screen can do so many
 WORTH = 1.05  # times the letters that whole steps would see; for less no fit leaves some out
 # So much an error counts that is promised to another than a prior: the best of many short fits owes
 # some of its accuracy to chance, and some to what is ahead in a short fit alone. Two that led a
-# screen by less than a tenth ended with a twentieth and a sixth more error than a prior.
+# screen by less than a tenth ended with a twentieth and a tenth more error than a prior.
 DOUBT = 1.2
 # Who promises so many times the error of the best is no rival: what he would take makes the best's
 # fit longer. Two promises, each right within a fifth, hardly change places over that.
