@@ -35,6 +35,8 @@ Params = dict[str, Any]
 LATE_LETTERS = "late_letters"
 # One of models that do test-time augmentation: copies of a letter that an answer is the mean of.
 TTA = "tta"
+# What a letter of val costs in an epoch, by one that is trained on: the priors of CNN and LSTM.
+VALIDATION = 0.27
 
 # report(step, val_accuracy) -> True if the fit must stop here and return what it has.
 # A step is an epoch for the networks and a tenth of the training letters for KNN.

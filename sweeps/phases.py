@@ -17,7 +17,7 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from pipeline.spec import LATE_LETTERS, TTA, Dataset, Params
+from pipeline.spec import LATE_LETTERS, TTA, VALIDATION, Dataset, Params
 from sweeps import search
 from sweeps.budget import GRANT_SHARE
 from sweeps.trial import Outcome
@@ -27,8 +27,6 @@ DEAR = 4  # times the median of what was screened so far: more is not spent on o
 # An error of e after a short fit is one of e (FLOOR + (1 - FLOOR) n^-DECLINE) after one that sees n
 # times as many letters: what the priors of CNN and LSTM do on 40,000 letters, within a fifth.
 FLOOR, DECLINE = 0.3, 0.65
-# What a letter of val costs in an epoch, by one that is trained on: the priors of CNN and LSTM.
-VALIDATION = 0.27
 # Of a grant, that is planned with where a fit does not shorten itself: what a step takes in
 # CPU-seconds varies with what else runs.
 MARGIN = 0.9

@@ -18,6 +18,7 @@ from pipeline.spec import (
     LETTERS,
     SIDE,
     TTA,
+    VALIDATION,
     Fitted,
     Images,
     Params,
@@ -41,9 +42,10 @@ MAX_DRAWN = 1 << 17
 ROUNDS = 16  # of the cipher that computes it; with the usual 4 the orders of epochs are correlated
 WARM_UP = 0.1  # share of the schedule in which the learning rate rises
 SAFE = 0.9  # of what is left at half of a fit, that is planned with: epochs vary in cost
-# A first epoch that promises to take so many times what is left is given up. It is judged from an
-# eighth of its batches on, of so many at least, since they vary in cost; from the half on, what is
-# lost is less than what was spent, and an accuracy may come of it yet.
+# A first epoch that promises to take so many times what is left is given up; the nearer its half,
+# where it is known best, the sooner. It is judged from an eighth of its batches on, of so many at
+# least, since they vary in cost; from the half on, what is lost is less than what was spent, and an
+# accuracy may come of it yet.
 HOPELESS, FEWEST_BATCHES = 1.2, 8
 # Where a letter begins in its picture with a pixel around it: in the middle, and shifted by one.
 SHIFTS = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
@@ -138,8 +140,9 @@ class _Shortening(keras.callbacks.Callback):  # type: ignore[misc]
             self.traced = time.process_time()
         elif max(FEWEST_BATCHES, self.n_batches / 8) <= self.n_done <= self.n_batches / 2:
             batch = (time.process_time() - self.traced) / (self.n_done - 1)
-            further, left = (self.n_batches - self.n_done) * batch, METER.left()
-            if further > HOPELESS * left:
+            look = VALIDATION * len(self.reporter.val.labels) / self.batch_size  # in batches
+            further, left = (self.n_batches - self.n_done + look) * batch, METER.left()
+            if further > left * (HOPELESS - (HOPELESS - 1) * self.n_done / (self.n_batches / 2)):
                 raise OverBudget(
                     f"after {self.n_done} of its {self.n_batches} batches the first epoch needs "
                     f"{further:.1f} CPU-seconds more, and {max(0.0, left):.1f} are left"

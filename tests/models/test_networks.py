@@ -419,16 +419,23 @@ def test_a_fit_that_its_grant_cannot_pay_for_ends_its_schedule_sooner(
     np.testing.assert_allclose(same.predict(IMAGES), fitted.predict(IMAGES), atol=1e-5)
 
 
-# After 8 of 20 batches of 0.2 CPU-seconds each the first epoch takes 2.4 more.
-@pytest.mark.parametrize(("left", "n_batches"), [(1.9, 8), (2.1, 20)])
+# 20 batches of 0.2 CPU-seconds each, and a look at val that should cost as much as 5.4 of them.
+@pytest.mark.parametrize(
+    ("grant", "n_batches", "further"), [(4.9, 8, "3.5"), (5.0, 9, "3.3"), (5.1, 20, "")]
+)
 def test_a_first_epoch_that_its_grant_cannot_pay_for_is_given_up_early(
-    left: float, n_batches: int, monkeypatch: pytest.MonkeyPatch
+    grant: float, n_batches: int, further: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[list[float]] = [[]]
     clock = SimpleNamespace(process_time=lambda: 0.2 * len(rates[-1]))
-    monkeypatch.setattr(_keras, "METER", Grant(left))
+    meter = Grant(0.0)
+    meter.left = lambda: grant - clock.process_time()
+    monkeypatch.setattr(_keras, "METER", meter)
     monkeypatch.setattr(_keras, "time", clock)
-    why = "^after 8 of its 20 batches the first epoch needs 2.4 CPU-seconds more, and 1.9 are left$"
+    why = (
+        f"^after {n_batches} of its 20 batches the first epoch needs {further} CPU-seconds more, "
+        f"and {grant - 0.2 * n_batches:.1f} are left$"
+    )
     with pytest.raises(OverBudget, match=why) if n_batches < 20 else nullcontext():
         halves(monkeypatch, rates, batch_size=3)
     assert len(rates[0]) == n_batches
