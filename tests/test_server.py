@@ -3,7 +3,6 @@
 import collections
 import hashlib
 import io
-import itertools
 import os
 import re
 import subprocess
@@ -163,9 +162,18 @@ def _first(what: str) -> Callable[[str, str, bytes], str]:
 
 
 def _every(n: int, what: str) -> Callable[[str, str, bytes], str]:
-    """A fault of each nth request that writes."""
-    count = itertools.count(1)
-    return lambda method, path, body: what if method != "GET" and next(count) % n == 0 else ""
+    """A fault of each nth request of a kind that writes.
+
+    Not of each nth of all: what takes a multiple of n of them would fail as often as it is tried.
+    """
+    seen: collections.Counter[str] = collections.Counter()
+
+    def fault(method: str, path: str, body: bytes) -> str:
+        kind = path.partition("?")[0].rpartition("/")[2]
+        seen[kind] += method != "GET"
+        return what if method != "GET" and seen[kind] % n == 0 else ""
+
+    return fault
 
 
 @pytest.mark.parametrize("fault", [_first("refuse"), _every(3, "lose")], ids=["refuse", "lose"])
