@@ -28,8 +28,9 @@ from pipeline.models import knn
 from pipeline.spec import Fitted, Part, UserError
 from sweeps import engine, sweep
 
-# Last words of the addresses that make a run, a model, a model's link to a run, a version.
-MAKERS = {"create", "logged-models", "outputs"}
+# Last words of the addresses that make a run, a model, a model's link to a run, a version; and the
+# method that takes back what was half made.
+MAKERS = {"create", "logged-models", "outputs", "DELETE"}
 KNN = {"model": "knn", "seed": 0, "precision": "auto"}
 
 
@@ -211,11 +212,11 @@ def test_what_is_asked_for_twice_is_there_once(
     guarded_server: services.TrackingServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The answer is lost to each kind of request that makes something, the nth time it is made."""
+    """The answer is lost to each kind of request that makes or deletes something, the nth time."""
     seen: collections.Counter[str] = collections.Counter()
 
     def fault(method: str, path: str, body: bytes) -> str:
-        kind = path.partition("?")[0].rpartition("/")[2]
+        kind = method if method == "DELETE" else path.partition("?")[0].rpartition("/")[2]
         seen[kind] += 1
         return "lose" if kind in MAKERS and seen[kind] == nth else ""
 
