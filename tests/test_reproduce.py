@@ -114,12 +114,12 @@ class Desk(NamedTuple):
         points = self.store.get_metric_history(run_id, "val_accuracy")
         return {point.step: point.value for point in points}
 
-    def is_tidy(self) -> bool:
-        """Whether nothing is left of a checkout, nor a run RUNNING."""
+    def leftovers(self) -> list[Any]:
+        """What is left of checkouts, and the runs that are RUNNING."""
         left = list(self.data_dir.glob(".reproduce-*"))
-        checkouts = git(self.project, "worktree", "list").splitlines()
+        checkouts = git(self.project, "worktree", "list").splitlines()[1:]
         running = self.store.search_runs(["0"], "attributes.status = 'RUNNING'")
-        return not left and len(checkouts) == 1 and not running
+        return [*left, *checkouts, *(run.data.tags for run in running)]
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def desk(
     monkeypatch.setattr(checkout, "PROJECT", project)
     desk = Desk(store, project, tmp_path / "data")
     yield desk
-    assert desk.is_tidy()
+    assert desk.leftovers() == []
 
 
 def test_knn_agrees_bit_for_bit(desk: Desk, capfd: pytest.CaptureFixture[str]) -> None:
