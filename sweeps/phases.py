@@ -339,7 +339,7 @@ class Phases:
         grant: float,
         notes: Mapping[str, int] | None = None,
     ) -> Proposal:
-        trial = search.ask(self.study, self.member.PARAMS, fixed)
+        trial = search.ask(self.study, self.member, fixed)
         # The phase last: without it a trial counts for nothing, should the driver die here.
         attributes = {**(notes or {}), "round": self.total, "seed": seed, "phase": phase}
         for name, value in attributes.items():

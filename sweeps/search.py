@@ -1,10 +1,10 @@
 """Who proposes and who is stopped: the Optuna study of one model."""
 
 import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -18,7 +18,12 @@ from sweeps.trial import Outcome
 _OUTCOME = "outcome"  # user attribute of a trial
 REDUCTION_FACTOR = 3  # of the trials at a rung one in so many goes on
 HALF_WAY = 0.5  # of its schedule a racing trial may do unjudged
+# Draws of a set of hyperparameters that was not proposed before, and, since TPE may insist on one
+# that was, changes of one hyperparameter after the other of that.
+N_DRAWS, N_CHANGES = 2, 50
 FAR_BEHIND = 0.01  # in accuracy: three times what chance does to two fits of one kind
+
+Trial = optuna.trial.FrozenTrial
 
 
 class Behind(optuna.pruners.BasePruner):
@@ -31,7 +36,7 @@ class Behind(optuna.pruners.BasePruner):
     def __init__(self, steps: str) -> None:
         self.steps = steps
 
-    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+    def prune(self, study: optuna.Study, trial: Trial) -> bool:
         """Whether to stop ``trial`` after its last report."""
         place = (trial.last_step or 0) / trial.params[self.steps]
         if trial.user_attrs.get("phase") != "race" or place < HALF_WAY:
@@ -44,7 +49,7 @@ class Behind(optuna.pruners.BasePruner):
         best = max((value for value in others if value is not None), default=0.0)
         return self._value_at(trial, place) < best - FAR_BEHIND  # type: ignore[operator]
 
-    def _value_at(self, trial: optuna.trial.FrozenTrial, place: float) -> float | None:
+    def _value_at(self, trial: Trial, place: float) -> float | None:
         """What a trial had reported last when so much of its schedule was done; None before."""
         step = math.floor(place * trial.params[self.steps] + 1e-9)
         values = trial.intermediate_values
@@ -145,16 +150,83 @@ def whole(member: ModuleType) -> Params:
     return {name: fixed.get(name, member.PARAMS[name].default) for name in names}
 
 
+def distributions(member: ModuleType) -> dict[str, BaseDistribution]:
+    """What a model's hyperparameters are drawn from."""
+    return {name: param.distribution for name, param in member.PARAMS.items()}
+
+
+class Proposer(optuna.samplers.BaseSampler):
+    """Proposes a whole set of hyperparameters at once: some are fixed, a sampler draws the others.
+
+    Those without effect beside the others (the model's ``unused`` names them) have their defaults.
+    The same set would be the same fit: what was proposed before, and has not failed, is not
+    proposed again, but something near it.
+    """
+
+    def __init__(
+        self, sampler: optuna.samplers.BaseSampler, member: ModuleType, fixed: Params
+    ) -> None:
+        self.sampler, self.member, self.fixed = sampler, member, fixed
+        self.together: dict[str, BaseDistribution] = {}  # what the sampler draws at once
+
+    def before_trial(self, study: optuna.Study, trial: Trial) -> None:
+        self.sampler.before_trial(study, trial)
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: Trial
+    ) -> dict[str, BaseDistribution]:
+        together = self.sampler.infer_relative_search_space(study, trial)
+        self.together = {name: one for name, one in together.items() if name not in self.fixed}
+        return distributions(self.member)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: Trial, search_space: dict[str, BaseDistribution]
+    ) -> Params:
+        before = [
+            other.params
+            for other in study.get_trials(deepcopy=False)
+            if other.state != TrialState.FAIL
+        ]
+        for _ in range(N_DRAWS):
+            proposed = self._draw(study, trial)
+            if proposed not in before:
+                return proposed
+        free = [name for name in search_space if name not in self.fixed]
+        random = optuna.samplers.RandomSampler(seed=trial.number)
+        for place in range(N_CHANGES if free else 0):
+            name = free[(trial.number + place) % len(free)]
+            value = random.sample_independent(study, trial, name, search_space[name])
+            proposed = self._settled(proposed | {name: value})
+            if proposed not in before:
+                break
+        return proposed
+
+    def sample_independent(
+        self, study: optuna.Study, trial: Trial, name: str, distribution: BaseDistribution
+    ) -> Any:
+        return self.sampler.sample_independent(study, trial, name, distribution)
+
+    def _draw(self, study: optuna.Study, trial: Trial) -> Params:
+        params = self.fixed | self.sampler.sample_relative(study, trial, self.together)
+        for name, param in self.member.PARAMS.items():
+            if name not in params and param.distribution.single():
+                params[name] = param.default
+            elif name not in params:
+                params[name] = self.sample_independent(study, trial, name, param.distribution)
+        return self._settled(params)
+
+    def _settled(self, params: Params) -> Params:
+        unused = set(getattr(self.member, "unused", lambda params: ())(params)) - self.fixed.keys()
+        return params | {name: self.member.PARAMS[name].default for name in unused}
+
+
 @charge("search")
-def ask(study: optuna.Study, space: Mapping[str, Param], fixed: Params) -> optuna.Trial:
+def ask(study: optuna.Study, member: ModuleType, fixed: Params) -> optuna.Trial:
     """A new trial that has the ``fixed`` values; the study's sampler proposes the others."""
     sampler = study.sampler
-    with warnings.catch_warnings():  # the sampler is marked experimental since 2021
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study.sampler = optuna.samplers.PartialFixedSampler(fixed, sampler)
+    study.sampler = Proposer(sampler, member, fixed)
     try:
-        distributions = {name: param.distribution for name, param in space.items()}
-        return study.ask(fixed_distributions=distributions)
+        return study.ask(fixed_distributions=distributions(member))
     finally:
         study.sampler = sampler
 
@@ -198,8 +270,7 @@ def proposals(member: ModuleType, seed: int, n_trials: int, everywhere: Params) 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=_sampler(seed, 0), direction="maximize")
     return [
-        ask(study, member.PARAMS, screened(member, place) | everywhere).params
-        for place in range(n_trials)
+        ask(study, member, screened(member, place) | everywhere).params for place in range(n_trials)
     ]
 
 

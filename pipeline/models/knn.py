@@ -63,6 +63,16 @@ N_TIMED = 1_000  # letters, whose embedding and search tell what those of all wi
 N_STEPS = 10  # rungs of the training letters, each as dear as the next; 1 for vectors on axes
 
 
+def unused(params: Params) -> set[str]:
+    """Hyperparameters without effect beside the others."""
+    found = {"n_components"} if params["lda_shrinkage"] else {"kernel_components", "kernel_gamma"}
+    if not params["kernel_components"]:
+        found.add("kernel_gamma")
+    if not params["deskew"]:
+        found.add("spread")
+    return found
+
+
 class TooLarge(UserError, MemoryError):
     """Memory does not hold the letters' vectors; said before any is taken."""
 

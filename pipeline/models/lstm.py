@@ -43,6 +43,11 @@ PRIORS = [_PRIOR, _GRID, _GRID | {"layers": 2, "units": 64}]
 PRELOAD = ("pipeline.models._keras", "pipeline.models._fused")  # imported once for all trials
 
 
+def unused(params: Params) -> set[str]:
+    """Hyperparameters without effect beside the others."""
+    return {"rows"} if params["reading"] == "grid" else set()
+
+
 def build(params: Params, n_outputs: int = len(LETTERS), lstm: Any = None) -> "keras.Model":
     """Letters (n, 28, 28) uint8 in, probabilities (n, n_outputs) float32 out.
 

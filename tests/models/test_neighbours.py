@@ -193,6 +193,33 @@ def test_embedding(change: dict[str, object], n_columns: int) -> None:
     np.testing.assert_allclose(embed(IMAGES[7:8]), vectors[7:8], atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("change", "idle"),
+    [
+        ({}, {"spread": 6.0, "kernel_components": 200, "kernel_gamma": 1.0}),
+        ({"deskew": True, "n_components": 20}, {"kernel_components": 200, "kernel_gamma": 1.0}),
+        ({"lda_shrinkage": 0.1}, {"spread": 6.0, "n_components": 20, "kernel_gamma": 1.0}),
+        (
+            {"deskew": True, "lda_shrinkage": 0.1, "kernel_components": 200},
+            {"n_components": 20},
+        ),
+    ],
+)
+def test_what_is_called_unused_changes_nothing_and_the_rest_does(
+    change: dict[str, object], idle: dict[str, object]
+) -> None:
+    params = PLAIN | change
+    labels = LABELS[: len(IMAGES)]
+    assert knn.unused(params) == knn.unused(params | idle) == idle.keys()
+    vectors = Embedding.fit(params, IMAGES, labels)[1]
+    np.testing.assert_array_equal(Embedding.fit(params | idle, IMAGES, labels)[1], vectors)
+    others = {"deskew": not params["deskew"], "blur": 0.5, "features": "gradients"}
+    others |= {"spread": 6.0, "n_components": 10, "lda_shrinkage": 0.5, "kernel_gamma": 1.0}
+    for name in others.keys() - idle.keys():
+        other = Embedding.fit(params | {name: others[name]}, IMAGES, labels)[1]
+        assert not np.array_equal(other, vectors), name
+
+
 def test_lda_brings_letters_of_a_kind_together() -> None:
     kinds = RNG.integers(0, 256, (26, 28, 28))
     noisy = np.clip(kinds[LABELS] + RNG.normal(0, 60, (len(LABELS), 28, 28)), 0, 255)

@@ -243,6 +243,17 @@ def test_a_fit_builds_its_graph_once(average: float, monkeypatch: pytest.MonkeyP
     assert n_traces == 1
 
 
+def test_a_grid_has_no_rows_to_read_at_once() -> None:
+    def layers(change: dict[str, Any]) -> list[dict[str, Any]]:
+        net = lstm.build(params_of("lstm", change))
+        return [{**layer.get_config(), "name": ""} for layer in net.layers]
+
+    for reading, idle in (("grid", {"rows"}), ("rows", set()), ("rows_columns", set())):
+        params = {"reading": reading}
+        assert lstm.unused(params) == idle
+        assert (layers(params | {"rows": 4}) == layers(params)) == bool(idle)
+
+
 @pytest.mark.parametrize("model", ["cnn", "lstm"])
 def test_answers_are_those_of_keras_from_one_graph(
     model: str, monkeypatch: pytest.MonkeyPatch

@@ -500,7 +500,7 @@ def test_the_race_waits_for_the_screen_and_confirming_for_the_race(tmp_path: Pat
     assert last.phase == "race"
     # Another driver finds that trial dead, and one of the screen running: it must wait.
     driver = Driver(tmp_path, 3600)
-    running = search.ask(driver.study, MODEL.PARAMS, before.trial.params)
+    running = search.ask(driver.study, MODEL, before.trial.params)
     running.set_user_attr("phase", "screen")
     running.set_user_attr("round", 3600)
     assert driver.ask() is None
@@ -584,7 +584,7 @@ def test_a_racer_far_behind_at_half_of_its_schedule_is_stopped(tmp_path: Path) -
     study = search.open_study("a", 0, tmp_path, "epochs")
 
     def racer(epochs: int, values: list[float]) -> optuna.Trial:
-        trial = search.ask(study, MODEL.PARAMS, PRIOR | {"epochs": epochs})
+        trial = search.ask(study, MODEL, PRIOR | {"epochs": epochs})
         trial.set_user_attr("phase", "race")
         for number, value in enumerate(values, 1):
             trial.report(value, number)

@@ -5,8 +5,9 @@ from typing import cast
 import optuna
 import pytest
 from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.trial import TrialState
 
-from pipeline.spec import Param, UserError
+from pipeline.spec import Param, Params, UserError
 from sweeps import search
 
 SPACE = {
@@ -18,7 +19,7 @@ MODEL = cast(ModuleType, SimpleNamespace(PARAMS=SPACE, PRIORS=[PRIOR]))
 
 
 def _ask(study: optuna.Study) -> optuna.Trial:
-    return search.ask(study, SPACE, {})
+    return search.ask(study, MODEL, {})
 
 
 def _proposals(folder: Path, name: str, seed: int, n_trials: int = 15) -> list[dict[str, object]]:
@@ -50,16 +51,56 @@ def test_a_study_goes_on_with_the_hyperparameters_that_it_began_with(
             search.check_space(study, space)
     else:
         search.check_space(study, space)
-        assert search.ask(study, space, {}).params.keys() == space.keys()
+        model = cast(ModuleType, SimpleNamespace(PARAMS=space))
+        assert search.ask(study, model, {}).params.keys() == space.keys()
 
 
 def test_what_is_fixed_is_proposed_and_the_rest_is_searched(tmp_path: Path) -> None:
     study = search.open_study("a", 0, tmp_path)
-    trials = [search.ask(study, SPACE, {"depth": 7}) for _ in range(4)]
+    trials = [search.ask(study, MODEL, {"depth": 7}) for _ in range(4)]
     assert [trial.params["depth"] for trial in trials] == [7] * 4
     assert len({trial.params["rate"] for trial in trials}) == 4
     # Law: what was fixed for one trial is not fixed for the next.
     assert len({_ask(study).params["depth"] for _ in range(9)}) > 1
+
+
+@pytest.mark.parametrize("after", [0, 4])  # trials: TPE's first ten are drawn at random
+def test_no_set_is_proposed_twice_before_all_were(after: int, tmp_path: Path) -> None:
+    space = {"depth": SPACE["depth"], "wide": Param(0, IntDistribution(0, 1))}
+    small = cast(ModuleType, SimpleNamespace(PARAMS=space))
+    study = search.open_study("a", 0, tmp_path)
+    study.sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=after or 99)
+    proposed = []
+    for _ in range(18):
+        trial = search.ask(study, small, {})
+        proposed.append(tuple(trial.params.values()))
+        if len(proposed) % 2:  # the others run on
+            study.tell(trial, trial.params["depth"])
+    assert len(set(proposed)) == 18
+    # Law: where there is no other one, one comes again, and so does what has failed.
+    again = search.ask(study, small, {})
+    assert tuple(again.params.values()) in proposed
+    study.tell(again, state=TrialState.FAIL)
+    assert search.ask(study, small, again.params).params == again.params
+
+
+def test_what_has_no_effect_has_its_default(tmp_path: Path) -> None:
+    def unused(params: Params) -> set[str]:
+        return {"rate"} if params["depth"] > 5 else set()
+
+    model = cast(ModuleType, SimpleNamespace(PARAMS=SPACE, unused=unused))
+    study = search.open_study("a", 0, tmp_path)
+    proposed = []
+    for _ in range(30):
+        trial = search.ask(study, model, {})
+        study.tell(trial, trial.params["rate"])
+        proposed.append(trial.params)
+    deep = [params for params in proposed if params["depth"] > 5]
+    assert {params["rate"] for params in deep} == {0.1}
+    assert len(deep) == len({params["depth"] for params in deep})  # none comes twice
+    assert len(deep) < len({params["rate"] for params in proposed})
+    # Law: what is fixed stays as it is.
+    assert search.ask(study, model, PRIOR).params == PRIOR
 
 
 def test_the_defaults_come_first_and_the_priors_next() -> None:
@@ -124,7 +165,7 @@ def test_importances_sum_to_one_and_find_what_matters(tmp_path: Path) -> None:
 def test_importances_are_those_of_what_was_proposed_and_of_one_length(tmp_path: Path) -> None:
     study = search.open_study("a", 0, tmp_path)
     for number in range(12):
-        trial = search.ask(study, SPACE, {"depth": 3} if number > 1 else {"depth": 9})
+        trial = search.ask(study, MODEL, {"depth": 3} if number > 1 else {"depth": 9})
         trial.set_user_attr("phase", "race" if number > 9 else "screen")
         study.tell(trial, trial.params["rate"] + 100 * (number < 2) + 100 * (number > 9))
     # Law: what only the known trials have had is not explained by them.
