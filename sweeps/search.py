@@ -191,7 +191,11 @@ class Proposer(optuna.samplers.BaseSampler):
             proposed = self._draw(study, trial)
             if proposed not in before:
                 return proposed
-        free = [name for name in search_space if name not in self.fixed]
+        free = [
+            name
+            for name, distribution in search_space.items()
+            if name not in self.fixed and not distribution.single()
+        ]
         random = optuna.samplers.RandomSampler(seed=trial.number)
         for place in range(N_CHANGES if free else 0):
             name = free[(trial.number + place) % len(free)]

@@ -67,6 +67,7 @@ def test_what_is_fixed_is_proposed_and_the_rest_is_searched(tmp_path: Path) -> N
 @pytest.mark.parametrize("after", [0, 4])  # trials: TPE's first ten are drawn at random
 def test_no_set_is_proposed_twice_before_all_were(after: int, tmp_path: Path) -> None:
     space = {"depth": SPACE["depth"], "wide": Param(0, IntDistribution(0, 1))}
+    space |= {"one": Param(0.5, FloatDistribution(0.5, 0.5))}
     small = cast(ModuleType, SimpleNamespace(PARAMS=space))
     study = search.open_study("a", 0, tmp_path)
     study.sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=after or 99)
