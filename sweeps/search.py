@@ -167,7 +167,6 @@ class Proposer(optuna.samplers.BaseSampler):
         self, sampler: optuna.samplers.BaseSampler, member: ModuleType, fixed: Params
     ) -> None:
         self.sampler, self.member, self.fixed = sampler, member, fixed
-        self.together: dict[str, BaseDistribution] = {}  # what the sampler draws at once
 
     def before_trial(self, study: optuna.Study, trial: Trial) -> None:
         self.sampler.before_trial(study, trial)
@@ -175,8 +174,6 @@ class Proposer(optuna.samplers.BaseSampler):
     def infer_relative_search_space(
         self, study: optuna.Study, trial: Trial
     ) -> dict[str, BaseDistribution]:
-        together = self.sampler.infer_relative_search_space(study, trial)
-        self.together = {name: one for name, one in together.items() if name not in self.fixed}
         return distributions(self.member)
 
     def sample_relative(
@@ -187,8 +184,10 @@ class Proposer(optuna.samplers.BaseSampler):
             for other in study.get_trials(deepcopy=False)
             if other.state != TrialState.FAIL
         ]
+        found = self.sampler.infer_relative_search_space(study, trial)
+        together = {name: one for name, one in found.items() if name not in self.fixed}
         for _ in range(N_DRAWS):
-            proposed = self._draw(study, trial)
+            proposed = self._draw(study, trial, together)
             if proposed not in before:
                 return proposed
         free = [
@@ -210,8 +209,11 @@ class Proposer(optuna.samplers.BaseSampler):
     ) -> Any:
         return self.sampler.sample_independent(study, trial, name, distribution)
 
-    def _draw(self, study: optuna.Study, trial: Trial) -> Params:
-        params = self.fixed | self.sampler.sample_relative(study, trial, self.together)
+    def _draw(
+        self, study: optuna.Study, trial: Trial, together: dict[str, BaseDistribution]
+    ) -> Params:
+        """A set of which the sampler draws some hyperparameters ``together``, the others alone."""
+        params = self.fixed | self.sampler.sample_relative(study, trial, together)
         for name, param in self.member.PARAMS.items():
             if name not in params and param.distribution.single():
                 params[name] = param.default
