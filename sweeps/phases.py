@@ -27,9 +27,7 @@ DEAR = 4  # times the median of what was screened so far: more is not spent on o
 # An error of e after a short fit is one of e (FLOOR + (1 - FLOOR) n^-DECLINE) after one that sees n
 # times as many letters: what the priors of CNN and LSTM do on 40,000 letters, within a fifth.
 FLOOR, DECLINE = 0.3, 0.65
-# Of a grant, that is planned with where a fit does not shorten itself: what a step takes in
-# CPU-seconds varies with what else runs.
-MARGIN = 0.9
+MARGIN = 0.9  # what a step takes in CPU-seconds varies with what else runs
 LENGTH = 3.0  # whole fits are sqrt(steps that the budget pays for) / LENGTH; the rest is theirs
 N_CONFIRMING = 2  # further seeds of the winner, or none: two fits tell no spread
 ENOUGH = 12  # steps of each of three fits, that make them better than two longer ones
@@ -130,6 +128,11 @@ def shares(
     n_confirming = N_CONFIRMING if n_fits > N_CONFIRMING else 0
     n_racing = int(min(n_fits - n_confirming, max(1, n_rivals, fewest - n_confirming)))
     return Shares(n_racing, n_confirming, left / (n_racing + n_confirming))
+
+
+def margin(member: ModuleType) -> float:
+    """The share of a grant that a fit's length is planned with: all, where it shortens itself."""
+    return 1.0 if LATE_LETTERS in member.PARAMS else MARGIN
 
 
 def max_steps(member: ModuleType) -> int:
@@ -254,7 +257,7 @@ class Phases:
         cost. One that sees fewer letters than those of the screen is none.
         """
         step, extra = self._costs(screened)
-        grant *= 1.0 if LATE_LETTERS in self.member.PARAMS else MARGIN
+        grant *= margin(self.member)
         n_affordable = max(0.0, grant - extra) / step
         whole = Length(min(math.floor(n_affordable), max_steps(self.member)))
         if N_LETTERS not in search.short_fit(self.member):

@@ -3,7 +3,7 @@
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from statistics import mean
@@ -18,12 +18,13 @@ from sweeps import search
 from sweeps.budget import GRANT_SHARE, RESERVE_CPU_SECONDS, own_cpu_seconds
 from sweeps.engine import Task, preload
 from sweeps.nursery import Message, Nursery
-from sweeps.phases import MARGIN, SCREEN_SHARE, Growth, growth, max_steps, shares
+from sweeps.phases import SCREEN_SHARE, Growth, growth, margin, max_steps, shares
 from sweeps.trial import prepare as prepare  # the nursery calls it
 
 PLAN_CPU_SECONDS = 20.0  # all that a plan may spend, start-up included
 CLOSING_CPU_SECONDS = 1.5  # what it takes to end the nursery and to write the plan down
 GRANTS = (4.0, 6.0, 3.0)  # CPU-seconds to time the defaults, the first prior, each other set
+LEAST_GRANT = 3.0  # for which a first look at 2 % of the letters can be had
 MAX_TIMED = 8  # sets of hyperparameters
 MAX_STEPS = 3  # of one fit: those that come later cost as much
 FIRST_SHARE = 0.02  # of the letters, for a first look at what a step costs
@@ -84,12 +85,13 @@ def body(spec: Message, call: Callable[[Message], Message]) -> Message:
 def on_all(seen: Sequence[tuple[float, float]]) -> float:
     """What a step takes on all letters, of what it took on the last one or two shares of them.
 
-    By a line through two, as there may be work that the number of letters does not change.
+    By a line through two, as there may be work that the number of letters does not change; but no
+    more than half of it all is taken for such work, since a first look may have been slow.
     """
     share, cost = seen[-1]
     if len(seen) > 1 and cost > seen[-2][1]:
         slope = (cost - seen[-2][1]) / (share - seen[-2][0])
-        return cost + slope * (1 - share)
+        return max(cost + slope * (1 - share), cost / share / 2)
     return cost / share
 
 
@@ -152,9 +154,12 @@ def plan(task: Task, cpu_seconds: float, prepared: float) -> str:
     ]
     member = registry.load(models, task.model)
     if hasattr(member, "STEPS"):
-        rows += _phased(timed, cpu_seconds, left, growth(member, task.data))
+        # A prior races unless the screen shows what promises much less error.
+        racer = timed.get(1) if hasattr(member, "PRIORS") else None
+        grown, planned = growth(member, task.data), margin(member)
+        rows += phased([*timed.values()], racer, cpu_seconds, left, grown, planned)
     else:
-        rows += _halved(timed, grant, left)
+        rows += _halved([*timed.values()], grant, left)
     spent = own_cpu_seconds() - prepared
     return (
         f"**{task.model} on {task.data.title}**: what {cpu_seconds:.0f} CPU-seconds will buy\n\n"
@@ -166,23 +171,36 @@ def plan(task: Task, cpu_seconds: float, prepared: float) -> str:
     )
 
 
-def _phased(
-    timed: Sequence[Timed], cpu_seconds: float, left: float, growth: Growth
+def phased(
+    timed: Sequence[Timed],
+    racer: Timed | None,
+    cpu_seconds: float,
+    left: float,
+    growth: Growth,
+    planned: float,
 ) -> list[list[object]]:
-    """Rows of the phases: a screen by short fits, then whole fits of the median."""
+    """Rows of the phases: a screen by short fits, then whole fits of a racer, or of the median.
+
+    ``planned`` is the share of a grant that a fit's length is planned with.
+    """
     costs = [one.extra + one.step / growth.cost for one in timed]
     n_screened = max(1, math.ceil(min(left, SCREEN_SHARE * cpu_seconds) / mean(costs)))
     left -= n_screened * mean(costs)
-    good = sorted(timed, key=lambda one: one.later)[len(timed) // 2]
-    plan = shares(max(left, 0.0), good.later, good.extra, good.n_steps)
-    n_steps = good.n_affordable(MARGIN * plan.cpu_seconds)
+    good = racer or sorted(timed, key=lambda one: one.later)[len(timed) // 2]
+    # How many race is known when the screen has shown how close to each other the best ones are.
+    plans = [
+        shares(max(left, 0.0), good.later, good.extra, good.n_steps, n_rivals)
+        for n_rivals in (1, math.inf)
+    ]
+    n_steps = [good.n_affordable(planned * plan.cpu_seconds) for plan in plans]
     rows: list[list[object]] = [
         ["screen, the deck's model first", f"about {n_screened}", "short", _range(costs)]
     ]
-    for phase, n_fits in (("race", plan.n_racing), ("confirm", plan.n_confirming)):
-        if n_fits and (n_steps or growth.n_short < growth.n_train):
-            steps = f"about {n_steps}" if n_steps else "part of one"
-            rows.append([phase, n_fits, steps, f"{plan.cpu_seconds:.3g}"])
+    n_racing, n_confirming = zip(*(plan[:2] for plan in plans), strict=True)
+    for phase, n_fits in (("race", n_racing), ("confirm", n_confirming)):
+        if any(n_fits) and (all(n_steps) or growth.n_short < growth.n_train):
+            steps = f"about {_span(n_steps)}" if all(n_steps) else "2, on fewer letters"
+            rows.append([phase, _span(n_fits), steps, _span(plan.cpu_seconds for plan in plans)])
     return rows
 
 
@@ -194,22 +212,31 @@ def _halved(timed: Sequence[Timed], grant: float, left: float) -> list[list[obje
     costs = [one.cost(depth) for one, depth in zip(others, depths, strict=True)]
     n_more = max(0, int((left - baseline.cost(n_steps)) / mean(costs)))
     return [
-        ["trial 000, the deck's model", 1, n_steps, f"{baseline.cost(n_steps):.3g}"],
+        ["trial 000, the deck's model", 1, n_steps, _rounded(baseline.cost(n_steps))],
         ["further trials", f"about {n_more}", f"{mean(depths):.1f}", _range(costs)],
     ]
 
 
+def _span(values: Iterable[float]) -> str:
+    return " to ".join(sorted({_rounded(value) for value in values}, key=float))
+
+
 def _range(costs: Sequence[float]) -> str:
-    return f"{mean(costs):.3g} ({min(costs):.3g} to {max(costs):.3g})"
+    return f"{_rounded(mean(costs))} ({_rounded(min(costs))} to {_rounded(max(costs))})"
 
 
-def _time(task: Task, prepared: float) -> tuple[list[Timed], int, float]:
-    """Costs of the first proposals of a study, the defaults first.
+def _rounded(value: float) -> str:
+    """Three digits that count, and no exponent."""
+    return f"{float(f'{value:.3g}'):.6g}"
+
+
+def _time(task: Task, prepared: float) -> tuple[dict[int, Timed], int, float]:
+    """Costs of the first proposals of a study, by their place; the defaults are 0.
 
     Gives also how many were too dear to be timed, and the CPU-seconds of loading the nursery.
     """
     member = registry.load(models, task.model)
-    timed: list[Timed] = []
+    timed: dict[int, Timed] = {}
     n_too_dear = 0
     with closing(Nursery("sweeps.plan:body", preload(member))) as nursery:
         # A sweep would try what bfloat16 gains; a plan takes the instructions for the gain.
@@ -219,9 +246,10 @@ def _time(task: Task, prepared: float) -> tuple[list[Timed], int, float]:
         whole = search.whole(member)
         for number, proposed in enumerate(proposals):
             params = proposed | whole
-            grant = GRANTS[min(number, 2)]
             spent = own_cpu_seconds() - prepared + nursery.cpu_seconds()
-            if spent + grant > PLAN_CPU_SECONDS - CLOSING_CPU_SECONDS:
+            room = PLAN_CPU_SECONDS - CLOSING_CPU_SECONDS - spent
+            grant = min(GRANTS[min(number, 2)], room)
+            if grant < LEAST_GRANT:
                 break
             spec = {
                 "model": task.model,
@@ -239,7 +267,7 @@ def _time(task: Task, prepared: float) -> tuple[list[Timed], int, float]:
                 )
             if "step" in end:
                 n_steps = max_steps(member) if hasattr(member, "STEPS") else end["n_steps"]
-                timed.append(Timed(**end)._replace(n_steps=n_steps))
+                timed[number] = Timed(**end)._replace(n_steps=n_steps)
             elif number == 0:
                 break  # the defaults are the measure of all others
             else:

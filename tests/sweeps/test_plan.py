@@ -10,7 +10,8 @@ import mlflow
 import pytest
 from steps import SWEEP, arguments, runs
 
-from sweeps.plan import PLAN_CPU_SECONDS, Timed, on_all
+from sweeps.phases import Growth
+from sweeps.plan import PLAN_CPU_SECONDS, Timed, on_all, phased
 
 TIMED = Timed(extra=2.0, step=10.0, later=5.0, n_steps=4)
 
@@ -34,12 +35,39 @@ def test_no_more_steps_are_paid_for_than_a_fit_has() -> None:
         ([(0.1, 0.7)], 7.0),
         ([(0.1, 2.5), (0.3, 3.5)], 7.0),  # of which 2 are the same for any number of letters
         ([(0.02, 0.9), (0.1, 0.7)], 7.0),  # a first look may have been slow
+        ([(0.02, 0.65), (0.1, 0.7)], 3.5),  # here half of it is taken to be
     ],
 )
 def test_what_a_step_takes_on_all_letters(
     seen: list[tuple[float, float]], cpu_seconds: float
 ) -> None:
     assert on_all(seen) == pytest.approx(cpu_seconds)
+
+
+@pytest.mark.parametrize(
+    ("cpu_seconds", "race", "confirm"),
+    [
+        (60.0, ["race", "1", "about 3", "25.4"], None),
+        (300.0, ["race", "1 to 2", "about 14 to 28", "102 to 203"], None),
+        (1200.0, ["race", "1 to 2", "about 30 to 41", "220 to 293"], "2"),
+        (9000.0, ["race", "18", "about 47", "337"], "2"),
+    ],
+)
+def test_a_plan_knows_how_many_fits_race_as_far_as_a_screen_can_change_it(
+    cpu_seconds: float, race: list[str], confirm: str | None
+) -> None:
+    timed = Timed(extra=2.0, step=8.0, later=7.0, n_steps=48)
+    left, growth = cpu_seconds - 18.0, Growth(40, 10, 1.0)
+    screen, *whole = phased([timed], None, cpu_seconds, left, growth, 1.0)
+    assert [row[1:] for row in whole] == [race[1:]] + ([[confirm, *race[2:]]] if confirm else [])
+
+
+def test_what_is_known_to_race_is_planned_with_whatever_else_was_timed() -> None:
+    timed = Timed(extra=2.0, step=8.0, later=7.0, n_steps=48)
+    dear, budget = timed._replace(later=70.0), (1200.0, 1180.0, Growth(40, 10, 1.0), 1.0)
+    alone = phased([timed], None, *budget)
+    assert phased([timed, dear, dear], timed, *budget) == alone
+    assert phased([timed, dear, dear], None, *budget) == phased([dear], None, *budget) != alone
 
 
 def plan(options: dict[str, Any], cpu_minutes: float) -> tuple[int, str, float]:
