@@ -348,11 +348,12 @@ def ours(part: str, model: str, root: Path, seed: int, budget: float, whole: boo
         search.screened = lambda member, place: screened(member, place + 1)
         phases.SCREEN_SHARE = 1e-9
     elif part == "without_phases":  # TPE and median pruning of whole fits
-        del member.STEPS
-        member.FIXED = member.FIXED | {"epochs": EPOCHS, "n_letters": 0}
-        optuna.pruners.SuccessiveHalvingPruner = (  # type: ignore[assignment,misc]
-            lambda **given: optuna.pruners.MedianPruner()
-        )
+        member.FIXED = member.FIXED | {"n_letters": 0}
+        del member.SCREEN
+        if hasattr(member, "STEPS"):
+            member.FIXED["epochs"] = EPOCHS
+            del member.STEPS
+        search.Halving = optuna.pruners.MedianPruner  # type: ignore[assignment,misc]
     prep.ensure = lambda **options: Dataset.open(root)
     options = {
         "dataset": "strokes",  # not read: the letters are there

@@ -31,7 +31,9 @@ Labels = npt.NDArray[np.uint8]  # (n,), 0..25 for A..Z
 Probabilities = npt.NDArray[np.float32]  # (n, 26), rows sum to 1
 Params = dict[str, Any]
 
-# A hyperparameter of models whose fit shortens itself where its grant is too small: to how much.
+# A hyperparameter of models that may be trained on some letters: how many; 0 are all.
+N_LETTERS = "n_letters"
+# One of models whose fit shortens itself where its grant is too small: to how much.
 LATE_LETTERS = "late_letters"
 # One of models that do test-time augmentation: copies of a letter that an answer is the mean of.
 TTA = "tta"
@@ -61,6 +63,14 @@ class Part(NamedTuple):
         """The images in their order, some at a time."""
         for start in range(0, len(self.labels), CHUNK):
             yield self.images[start : start + CHUNK]
+
+    def some(self, n_letters: int) -> "Part":
+        """So many letters, evenly taken from all; all where there are no more, or for 0."""
+        n_all = len(self.labels)
+        if not 0 < n_letters < n_all:
+            return self
+        rows = np.arange(n_letters) * n_all // n_letters
+        return Part(self.images[rows], self.labels[rows])
 
 
 class Stream(NamedTuple):

@@ -4,6 +4,8 @@ A model whose fit can be of any length (``STEPS`` names the hyperparameter that 
 in three phases. *Screen*: many sets of hyperparameters, each in a short fit (``SCREEN``). *Race*:
 the best of them for as many steps as their share of the budget pays for. *Confirm*: the winner
 under other seeds.
+One whose fits have no such length, but a ``SCREEN`` on fewer letters, has a longer screen, and then
+the best of it are fitted on all letters, one after the other.
 For any other model TPE proposes, and successive halving stops, until the budget is spent.
 """
 
@@ -17,17 +19,21 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from pipeline.spec import LATE_LETTERS, TTA, VALIDATION, Dataset, Params
+from pipeline.spec import LATE_LETTERS, N_LETTERS, TTA, VALIDATION, Dataset, Params
 from sweeps import search
 from sweeps.budget import GRANT_SHARE
 from sweeps.trial import Outcome
 
 SCREEN_SHARE = 0.25  # of the budget
+SEARCH_SHARE = 0.65  # of the budget, where a fit has no length that would use the rest
+LEAST_SHORTER = 2  # times fewer letters, for which a screen by a part of them is worth the while
 DEAR = 4  # times the median of what was screened so far: more is not spent on one epoch
 # An error of e after a short fit is one of e (FLOOR + (1 - FLOOR) n^-DECLINE) after one that sees n
 # times as many letters: what the priors of CNN and LSTM do on 40,000 letters, within a fifth.
 FLOOR, DECLINE = 0.3, 0.65
 MARGIN = 0.9  # what a step takes in CPU-seconds varies with what else runs
+# Times what a fit without steps is expected to take, that it may take: it cannot end early.
+ROOM = 1.5
 LENGTH = 3.0  # whole fits are sqrt(steps that the budget pays for) / LENGTH; the rest is theirs
 N_CONFIRMING = 2  # further seeds of the winner, or none: two fits tell no spread
 ENOUGH = 12  # steps of each of three fits, that make them better than two longer ones
@@ -44,7 +50,6 @@ RIVAL = 1.25
 # Times the error of one fit, that each of two which race may promise: the better of two promises,
 # each right within a tenth or so, does so much better than promised.
 EITHER = 1.06
-N_LETTERS = "n_letters"  # the hyperparameter of models that may train on some letters
 # User attributes: the trial whose worker has died; the one of the screen that a race goes on with;
 # the place of one of the screen among the model's priors, from 1.
 RETRY_OF, SCREENED, PRIOR = "retry_of", "screened", "prior"
@@ -99,7 +104,8 @@ def growth(member: ModuleType, data: Dataset) -> Growth:
     """How much more a step of a model's whole fit is, where a screen sees some letters only."""
     n_train, n_val = (len(data.part(name).labels) for name in ("train", "val"))
     n_short = min(search.short_fit(member).get(N_LETTERS) or n_train, n_train)
-    looks = VALIDATION * n_val
+    # Where nothing is learned by steps a letter of val is like one of train.
+    looks = (VALIDATION if hasattr(member, "STEPS") else 1.0) * n_val
     return Growth(n_train, n_short, looks, looks * (search.whole(member).get(TTA, 1) - 1))
 
 
@@ -136,8 +142,14 @@ def margin(member: ModuleType) -> float:
 
 
 def max_steps(member: ModuleType) -> int:
-    """The longest fit that a model's ``STEPS`` allows."""
-    return int(member.PARAMS[member.STEPS].distribution.high)
+    """The longest fit that a model's ``STEPS`` allows; 1 without."""
+    steps = getattr(member, "STEPS", None)
+    return int(member.PARAMS[steps].distribution.high) if steps else 1
+
+
+def screens(member: ModuleType, growth: Growth) -> bool:
+    """Whether a model's short fits are shorter than whole ones by as much as makes them useful."""
+    return hasattr(member, "STEPS") or LEAST_SHORTER * growth.n_short <= growth.n_train
 
 
 class Phases:
@@ -176,16 +188,25 @@ class Phases:
         """
         if self.lost and left > price:
             return self._again(*self.lost.pop(0), left)
-        if self.steps is None:
+        if not screens(self.member, self.growth):
             return self._screen("search", left) if left > price else None
         begun = self._begun("screen", every_round=True)
-        if left > price and (not begun or self._spent(begun) < SCREEN_SHARE * self.total):
+        if left > price and (not begun or self._screens_on(begun, left - price)):
             return self._screen("screen", left)
         if any(trial.state == TrialState.RUNNING for trial in begun):
             return None
         return self._whole(left)
 
     # ---- the phases
+
+    def _screens_on(self, begun: Sequence[Trial], left: float) -> bool:
+        """Whether the screen has a next trial, which leaves so many CPU-seconds."""
+        if self.steps:
+            return self._spent(begun) < SCREEN_SHARE * self.total
+        best = max(self._screened(), key=lambda one: one.val_accuracy or 0.0, default=None)
+        return self._spent(begun) < SEARCH_SHARE * self.total and (
+            best is None or left >= sum(self._costs(best)) / MARGIN
+        )
 
     def _again(self, trial: Trial, grant: float, left: float) -> Proposal:
         notes = trial.user_attrs
@@ -197,6 +218,8 @@ class Phases:
         begun = self._begun(phase, every_round=True)
         n_begun = sum(RETRY_OF not in trial.user_attrs for trial in begun)
         fixed = search.screened(self.member, n_begun) | self.everywhere
+        if phase == "search":
+            fixed |= search.whole(self.member)
         grant = min(left, GRANT_SHARE * self.total)
         screened = self._screened()
         proposed = n_begun >= len(search.known(self.member))
@@ -209,19 +232,20 @@ class Phases:
         """CPU-seconds that one more short fit may take, by those so far.
 
         One that is much dearer than these tells too little; one of which what follows the screen
-        would not pay for ``FEWEST_STEPS`` whole steps could not race.
+        would not pay for ``FEWEST_STEPS`` whole steps, or a whole fit, could not race.
         """
+        share, fewest = (SCREEN_SHARE, FEWEST_STEPS) if self.steps else (SEARCH_SHARE, 1)
         costs = [one.cpu_seconds for one in screened]
         beside = [one.cpu_seconds - one.bill.get("fit", 0.0) for one in screened]
-        short = (1 - SCREEN_SHARE) * self.total / (FEWEST_STEPS * self.growth.cost)
+        short = (1 - share) * self.total / (fewest * self.growth.cost)
         able = max(min(costs), short + float(np.median(beside)))
         return min(able, DEAR * float(np.median(costs)))
 
     def _whole(self, left: float) -> Proposal | None:
         """A trial of the race, or one that confirms its winner."""
         screened = self._screened()
-        if not screened:
-            return None
+        if not screened or self.steps is None:
+            return self._race(screened, left)
         plan = self._plan(screened, left)
         racing, confirming = self._begun("race"), self._begun("confirm")
         n_left = plan.n_racing + plan.n_confirming - len(racing) - len(confirming)
@@ -260,7 +284,7 @@ class Phases:
         grant *= margin(self.member)
         n_affordable = max(0.0, grant - extra) / step
         whole = Length(min(math.floor(n_affordable), max_steps(self.member)))
-        if N_LETTERS not in search.short_fit(self.member):
+        if self.steps is None or N_LETTERS not in search.short_fit(self.member):
             return whole
         n_train, n_short, looks, _ = self.growth
         n_steps = max(2, whole.n_steps + 1)
@@ -293,7 +317,8 @@ class Phases:
 
         def expected(one: Outcome) -> float:
             more = seen(one) / self.growth.n_short
-            doubt = 1.0 if PRIOR in trials[one.number].user_attrs else DOUBT
+            known = self.steps is None or PRIOR in trials[one.number].user_attrs
+            doubt = 1.0 if known else DOUBT
             return doubt * _error(one) * (FLOOR + (1 - FLOOR) * math.pow(more, -DECLINE))
 
         # One that can do but a step or two is no better off than in the screen.
@@ -305,9 +330,8 @@ class Phases:
         """A trial of the race, as long as the grant pays for; None where that is nothing.
 
         The most promising one that has not raced yet, or for half as long at most, as when the
-        budget was smaller; where all have, those again.
+        budget was smaller; where all have, those again, if they can be longer or have other seeds.
         """
-        assert self.steps is not None
         promising = self._promising(screened, grant)
         if not promising:
             return None
@@ -322,12 +346,19 @@ class Phases:
             )
 
         def length(trial: Trial) -> int:
-            return self._seen(trial.params[steps], trial.params.get(N_LETTERS, 0))
+            n_steps = trial.params[steps] if steps else 1
+            return self._seen(n_steps, trial.params.get(N_LETTERS, 0))
 
         one = min((one for _, one in promising), key=n_races)
         n_steps, n_letters = self._length(one, grant)
-        whole = search.whole(self.member) | {steps: n_steps}
+        whole = search.whole(self.member)
         whole |= {N_LETTERS: n_letters} if n_letters else {}
+        if steps:
+            whole |= {steps: n_steps}
+        elif n_races(one):
+            return None
+        else:  # others may race beside it
+            grant = min(grant, max(GRANT_SHARE * self.total, ROOM * sum(self._costs(one))))
         fixed = self._params(one.number) | whole
         if len(self._tried("race")) >= N_SAFE or n_races(one):
             for name in getattr(self.member, "LATE", ()):

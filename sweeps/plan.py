@@ -9,16 +9,27 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
+import numpy as np
 from mlflow.models import Model
 
 from pipeline import models, precision, registry, tracking
 from pipeline.bill import METER
-from pipeline.spec import Dataset, Fitted, Part, UserError
+from pipeline.spec import LETTERS, Dataset, Fitted, Images, Part, UserError
 from sweeps import search
 from sweeps.budget import GRANT_SHARE, RESERVE_CPU_SECONDS, own_cpu_seconds
 from sweeps.engine import Task, preload
 from sweeps.nursery import Message, Nursery
-from sweeps.phases import SCREEN_SHARE, Growth, growth, margin, max_steps, shares
+from sweeps.phases import (
+    MARGIN,
+    SCREEN_SHARE,
+    SEARCH_SHARE,
+    Growth,
+    growth,
+    margin,
+    max_steps,
+    screens,
+    shares,
+)
 from sweeps.trial import prepare as prepare  # the nursery calls it
 
 PLAN_CPU_SECONDS = 20.0  # all that a plan may spend, start-up included
@@ -76,10 +87,11 @@ def body(spec: Message, call: Callable[[Message], Message]) -> Message:
             break
         share = min(1.0, growth * share)
     later = mean(steps[1:]) if len(steps) > 1 else steps[0]
-    saving = _save(fitted)
+    saving = _save(fitted, np.asarray(parts[1].images[: len(LETTERS)]))
     extra = tracing + saving + WRITING_CPU_SECONDS
     step = on_all(seen)
-    return Timed(extra, step, step * later / steps[0], fitted.n_steps)._asdict()
+    timed = Timed(extra, step, step * later / steps[0], fitted.n_steps)
+    return timed._asdict() | {"rough": len(seen) == 1 and share < 1}
 
 
 def on_all(seen: Sequence[tuple[float, float]]) -> float:
@@ -119,7 +131,7 @@ def _fit(spec: Message, parts: list[Part], whole: bool, limit: float) -> tuple[F
     return fitted, [max(step, CLOCK_SECONDS) for step in steps]
 
 
-def _save(fitted: Fitted) -> float:
+def _save(fitted: Fitted, example: Images) -> float:
     """CPU-seconds that it takes to store a model."""
     before = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -127,6 +139,7 @@ def _save(fitted: Fitted) -> float:
             path=f"{folder}/model",
             mlflow_model=Model(),
             signature=tracking.SIGNATURE,
+            input_example=example,
             pip_requirements=tracking.requirements(fitted.requirements),
         )
     return time.process_time() - before
@@ -153,11 +166,13 @@ def plan(task: Task, cpu_seconds: float, prepared: float) -> str:
         ["start-up and closing", "", "", f"{start + RESERVE_CPU_SECONDS:.0f}"]
     ]
     member = registry.load(models, task.model)
+    # A prior races unless the screen shows what promises much less error.
+    racer = timed.get(1) if hasattr(member, "PRIORS") else None
+    grown = growth(member, task.data)
     if hasattr(member, "STEPS"):
-        # A prior races unless the screen shows what promises much less error.
-        racer = timed.get(1) if hasattr(member, "PRIORS") else None
-        grown, planned = growth(member, task.data), margin(member)
-        rows += phased([*timed.values()], racer, cpu_seconds, left, grown, planned)
+        rows += phased([*timed.values()], racer, cpu_seconds, left, grown, margin(member))
+    elif screens(member, grown):
+        rows += searched([*timed.values()], racer, cpu_seconds, left, grown)
     else:
         rows += _halved([*timed.values()], grant, left)
     spent = own_cpu_seconds() - prepared
@@ -201,6 +216,30 @@ def phased(
         if any(n_fits) and (all(n_steps) or growth.n_short < growth.n_train):
             steps = f"about {_span(n_steps)}" if all(n_steps) else "2, on fewer letters"
             rows.append([phase, _span(n_fits), steps, _span(plan.cpu_seconds for plan in plans)])
+    return rows
+
+
+def searched(
+    timed: Sequence[Timed], racer: Timed | None, cpu_seconds: float, left: float, growth: Growth
+) -> list[list[object]]:
+    """Rows of a screen on fewer letters, and of whole fits of what is as dear as a racer.
+
+    Without a racer these cost what those that were timed do on average.
+    """
+    wholes = [one.cost(one.n_steps) for one in timed]
+    costs = [
+        one.extra + (whole - one.extra) / growth.cost
+        for one, whole in zip(timed, wholes, strict=True)
+    ]
+    whole = racer.cost(racer.n_steps) if racer else mean(wholes)
+    n_paid_for = math.floor((left - whole / MARGIN) / mean(costs))
+    n_screened = max(1, min(math.ceil(SEARCH_SHARE * cpu_seconds / mean(costs)), n_paid_for))
+    n_racing = max(0, math.floor((left - n_screened * mean(costs)) / whole))
+    rows: list[list[object]] = [
+        ["screen, the deck's model first", f"about {n_screened}", "short", _range(costs)]
+    ]
+    if n_racing:
+        rows.append(["race", f"about {n_racing}", "all letters", _rounded(whole)])
     return rows
 
 
@@ -265,7 +304,8 @@ def _time(task: Task, prepared: float) -> tuple[dict[int, Timed], int, float]:
                     f"a plan times fits, but {params} failed with '{error}': mend the model, "
                     "or sweep without plan=true, which outlives a trial that fails"
                 )
-            if "step" in end:
+            # One look at 2 % of the letters tells little where much is the same for any number.
+            if "step" in end and not (end.pop("rough") and number > 1):
                 n_steps = max_steps(member) if hasattr(member, "STEPS") else end["n_steps"]
                 timed[number] = Timed(**end)._replace(n_steps=n_steps)
             elif number == 0:

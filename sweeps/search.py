@@ -56,25 +56,36 @@ class Behind(optuna.pruners.BasePruner):
         return values.get(step) if step <= (trial.last_step or 0) else None
 
 
+class Halving(optuna.pruners.SuccessiveHalvingPruner):
+    """Of the trials that reach steps 1, 3, 9, ... the best third goes on; one that races does.
+
+    Successive halving without rounds (Li et al. 2018, "A system for massively parallel
+    hyperparameter tuning").
+    """
+
+    def __init__(self) -> None:
+        super().__init__(min_resource=1, reduction_factor=REDUCTION_FACTOR)
+
+    def prune(self, study: optuna.Study, trial: Trial) -> bool:
+        """Whether to stop ``trial`` after its last report."""
+        return trial.user_attrs.get("phase") != "race" and super().prune(study, trial)
+
+
 @charge("search")
 def open_study(name: str, seed: int, folder: Path, steps: str | None = None) -> optuna.Study:
     """A study, new or continued; its folder is ``folder``. TPE proposes what the phases leave open.
 
-    Without ``steps`` successive halving stops: of the trials that reach steps 1, 3, 9, ... the best
-    third goes on (Li et al. 2018, "A system for massively parallel hyperparameter tuning"). Where
-    ``steps`` names the hyperparameter that is the length of a fit, ``Behind`` does. Trials that a
-    driver left running are told as failed. The sampler's seed is made of ``seed`` and the number of
-    trials, so that a continued study does not draw its first trials again.
+    Without ``steps`` ``Halving`` stops; where ``steps`` names the hyperparameter that is the length
+    of a fit, ``Behind`` does. Trials that a driver left running are told as failed. The sampler's
+    seed is made of ``seed`` and the number of trials, so that a continued study does not draw its
+    first trials again.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = open_storage(name, folder)
-    halving = optuna.pruners.SuccessiveHalvingPruner(
-        min_resource=1, reduction_factor=REDUCTION_FACTOR
-    )
     study = optuna.create_study(
         storage=storage,
         study_name=name,
-        pruner=Behind(steps) if steps else halving,
+        pruner=Behind(steps) if steps else Halving(),
         direction="maximize",
         load_if_exists=True,
     )
@@ -136,16 +147,15 @@ def screened(member: ModuleType, place: int) -> Params:
 
 
 def short_fit(member: ModuleType) -> Params:
-    """What each fit of a screen has: ``SCREEN``, else one step; nothing where there are none."""
-    if not hasattr(member, "STEPS"):
-        return {}
-    short: Params = getattr(member, "SCREEN", {member.STEPS: 1})
+    """What each fit of a screen has: ``SCREEN``, else one step; nothing where there is neither."""
+    one_step = {member.STEPS: 1} if hasattr(member, "STEPS") else {}
+    short: Params = getattr(member, "SCREEN", one_step)
     return short
 
 
 def whole(member: ModuleType) -> Params:
     """What the fits of a race have in the place of ``short_fit``, but for the number of steps."""
-    names = [name for name in short_fit(member) if name != member.STEPS]
+    names = [name for name in short_fit(member) if name != getattr(member, "STEPS", None)]
     fixed: Params = getattr(member, "FIXED", {})
     return {name: fixed.get(name, member.PARAMS[name].default) for name in names}
 

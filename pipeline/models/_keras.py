@@ -204,7 +204,7 @@ def fit(
     trained and that answer here: with the same weights and answers, in layers that cost less.
     Forgets the process's earlier networks, and seeds every generator.
     """
-    train = _some(train, params["n_letters"])
+    train = train.some(params["n_letters"])
     with ExitStack() as tracing:
         tracing.enter_context(charge("tracing"))  # until the first batch is through
         keras.utils.clear_session()
@@ -248,15 +248,6 @@ def fit(
         n_steps=params["epochs"],
         found=shortening.found | fewer,
     )
-
-
-def _some(part: Part, n_letters: int) -> Part:
-    """So many letters of a part, evenly taken from it; all where it has no more, or for 0."""
-    n_all = len(part.labels)
-    if not 0 < n_letters < n_all:
-        return part
-    rows = np.arange(n_letters) * n_all // n_letters
-    return Part(part.images[rows], part.labels[rows])
 
 
 def _optimizer(params: Params, n_batches: int) -> keras.optimizers.Optimizer:

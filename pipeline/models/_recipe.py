@@ -2,14 +2,14 @@
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from pipeline.spec import LATE_LETTERS, TTA, Param, Params
+from pipeline.spec import LATE_LETTERS, N_LETTERS, TTA, Param, Params
 
 PARAMS = {
     "learning_rate": Param(1e-3, FloatDistribution(5e-4, 4e-2, log=True)),  # of Adam, the highest
     "batch_size": Param(32, CategoricalDistribution((32, 64, 128, 256))),
     "epochs": Param(10, IntDistribution(1, 40)),
     # That an epoch sees, evenly taken from the training letters; 0 is all.
-    "n_letters": Param(0, IntDistribution(0, 10_000_000)),
+    N_LETTERS: Param(0, IntDistribution(0, 10_000_000)),
     # That each epoch of the second half sees of them, one after the other; 0 leaves it to the fit:
     # all, or as many as its grant pays for.
     LATE_LETTERS: Param(0, IntDistribution(0, 10_000_000)),
@@ -26,7 +26,7 @@ PARAMS = {
     "dtype_policy": Param("float32", CategoricalDistribution(("float32", "mixed_bfloat16"))),
 }
 STEPS = "epochs"
-SCREEN: Params = {"epochs": 1, "n_letters": 10_000, TTA: 1}
+SCREEN: Params = {"epochs": 1, N_LETTERS: 10_000, TTA: 1}
 # Small batches, many steps, learn the most in a short fit, but not in a long one.
 LATE = ("batch_size", "weight_decay", "label_smoothing", "dropout", "augment")
 FIXED: Params = {"schedule": "cosine", "average": 0.0, LATE_LETTERS: 0, TTA: 5}
@@ -34,7 +34,7 @@ PRIOR: Params = FIXED | {
     "learning_rate": 1e-2,
     "batch_size": 64,
     "epochs": 10,
-    "n_letters": 0,
+    N_LETTERS: 0,
     "weight_decay": 0.05,
     "label_smoothing": 0.1,
     "dropout": 0.2,

@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_limits
 from pipeline.bill import METER
 from pipeline.models import _memory
 from pipeline.spec import (
+    N_LETTERS,
     Fitted,
     Images,
     Labels,
@@ -40,7 +41,10 @@ PARAMS = {
     "lda_shrinkage": Param(0.0, CategoricalDistribution((0.0, 0.001, 0.01, 0.1, 0.5))),
     "kernel_components": Param(0, IntDistribution(0, 6000, step=1000)),  # 0: LDA of the features
     "kernel_gamma": Param(0.5, CategoricalDistribution((0.25, 0.5, 1.0))),  # of unit vectors
+    # Evenly taken from the training letters; 0 is all.
+    N_LETTERS: Param(0, IntDistribution(0, 10_000_000)),
 }
+SCREEN: Params = {N_LETTERS: 10_000}  # which rank fits as all letters do
 # Tried right after the defaults: what is known to serve letters well.
 _PRIOR = {
     "n_neighbors": 0,
@@ -53,6 +57,7 @@ _PRIOR = {
     "lda_shrinkage": 0.001,
     "kernel_components": 4000,
     "kernel_gamma": 0.5,
+    N_LETTERS: 0,
 }
 PRIORS = [_PRIOR, _PRIOR | {"kernel_components": 6000}]
 FIXED = {"n_neighbors": 0, "weights": "best"}  # never searched: each fit finds the best
@@ -92,6 +97,7 @@ def fit(params: Params, train: Part, val: Part, seed: int, report: Report) -> Fi
     """
     from pipeline.models import _neighbours
 
+    train = train.some(params[N_LETTERS])
     counts = [params["n_neighbors"]] if params["n_neighbors"] else _neighbours.COUNTS
     weights = list(_neighbours.POWERS) if params["weights"] == "best" else [params["weights"]]
     with threadpool_limits(1):

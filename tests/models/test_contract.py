@@ -21,7 +21,8 @@ from mlflow.models import Model
 from optuna.trial import create_trial
 
 from pipeline import cli, models, prep, registry, tracking
-from pipeline.spec import Fitted, Part, UserError
+from pipeline.spec import N_LETTERS, Fitted, Part, UserError
+from sweeps import search
 
 SMALL = {"epochs": 2, "batch_size": 32}  # for the models that have these
 # All doors of pickle are shut before a model is loaded; what is imported may use them before.
@@ -99,13 +100,11 @@ def test_priors_lie_in_their_distributions(model: str) -> None:
 
 def test_a_screen_lies_in_its_distributions(model: str) -> None:
     module = registry.load(models, model)
-    if not hasattr(module, "STEPS"):
-        assert not hasattr(module, "SCREEN")
-        return
-    screen = getattr(module, "SCREEN", {module.STEPS: 1})
+    screen = search.short_fit(module)
     typed = {name: str(value) for name, value in screen.items()}
-    # Law: it names the steps, and values that the command line accepts too.
-    assert module.STEPS in screen
+    # Law: it names the steps where there are some, else the letters, and values that the command
+    # line accepts too.
+    assert getattr(module, "STEPS", N_LETTERS) in screen
     assert screen.items() <= cli.hyperparameters(model, module.PARAMS, typed).items()
 
 

@@ -32,6 +32,7 @@ PLAIN = {
     "lda_shrinkage": 0.0,
     "kernel_components": 0,
     "kernel_gamma": 0.5,
+    "n_letters": 0,
 }
 LABELS = (np.arange(208) % 26).astype(np.uint8)
 RNG = np.random.default_rng(0)
@@ -272,6 +273,18 @@ def test_a_stopped_fit_serves_what_it_predicts(change: dict[str, object], tmp_pa
     served = mlflow.pyfunc.load_model(str(tmp_path / "model")).predict(IMAGES)
     # Law: a model that has seen half of the letters is served with the embedding it was fitted by.
     np.testing.assert_allclose(served, fitted.predict(IMAGES), atol=1e-5)
+
+
+def test_a_fit_may_see_some_of_the_letters() -> None:
+    letters = Part(IMAGES, LABELS[: len(IMAGES)])
+    params = PLAIN | {"n_neighbors": 3, "weights": "distance"}
+    fits = [
+        knn.fit(params | {"n_letters": n}, part, letters, 0, lambda step, val_accuracy: False)
+        for n, part in ((20, letters), (0, letters.some(20)), (0, letters))
+    ]
+    some, same, all_of_them = (fitted.predict(IMAGES) for fitted in fits)
+    np.testing.assert_array_equal(some, same)
+    assert (some != all_of_them).any()
 
 
 MANY = Part(

@@ -200,10 +200,10 @@ def test_the_same_seed_gives_the_same_network(change: Params) -> None:
     ("n_letters", "rows"), [(0, range(60)), (61, range(60)), (20, range(0, 60, 3)), (7, None)]
 )
 def test_a_fit_may_see_some_of_the_letters(n_letters: int, rows: range | None) -> None:
-    some = _keras._some(LETTERS, n_letters)
+    some = LETTERS.some(n_letters)
     if rows is None:  # it does not go into 60: from all over them, each once
         marked = Part(IMAGES, np.arange(60, dtype=np.uint8))
-        taken = _keras._some(marked, n_letters).labels
+        taken = marked.some(n_letters).labels
         assert len(taken) == n_letters
         assert set(np.diff(taken)) == {8, 9}
         return

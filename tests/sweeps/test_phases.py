@@ -14,7 +14,16 @@ from optuna.trial import TrialState
 
 from pipeline.spec import Param, Params
 from sweeps import phases, search
-from sweeps.phases import MARGIN, SCREEN_SHARE, Growth, Phases, Proposal, growth, shares
+from sweeps.phases import (
+    MARGIN,
+    SCREEN_SHARE,
+    SEARCH_SHARE,
+    Growth,
+    Phases,
+    Proposal,
+    growth,
+    shares,
+)
 from sweeps.trial import Outcome
 
 PRIOR = {"width": 4, "rate": 0.3, "dropout": 0.25, "epochs": 10, "n_letters": 0, "policy": 0}
@@ -35,6 +44,15 @@ MODEL = cast(
         SCREEN={"epochs": 1, "n_letters": 100},
     ),
 )
+# Its fits have no length; a short one is on fewer letters.
+AT_ONCE = cast(
+    ModuleType,
+    SimpleNamespace(
+        PARAMS={name: param for name, param in MODEL.PARAMS.items() if name != "epochs"},
+        PRIORS=[{name: value for name, value in PRIOR.items() if name != "epochs"}],
+        SCREEN={"n_letters": 100},
+    ),
+)
 GROWTH = Growth(n_train=400, n_short=100, looks=50.0)  # a whole epoch costs 3 of the screen's
 EXTRA = 2.0  # CPU-seconds of a trial beside its steps
 
@@ -52,7 +70,7 @@ def step(params: Params) -> float:
 
 
 def accuracy(params: Params, seed: int) -> float:
-    seen = params["epochs"] * (params["n_letters"] or GROWTH.n_train) / GROWTH.n_short
+    seen = params.get("epochs", 1) * (params["n_letters"] or GROWTH.n_train) / GROWTH.n_short
     error = (0.5 + abs(params["rate"] - 0.3)) / (1 + params["width"]) / seen**0.5
     return 1 - 0.5 * error - 0.001 * seed
 
@@ -60,10 +78,12 @@ def accuracy(params: Params, seed: int) -> float:
 class Driver:
     """Runs trials one after the other, as the engine does with one worker."""
 
-    def __init__(self, folder: Path, total: float, seed: int = 0) -> None:
-        self.study = search.open_study("a", seed, folder, "epochs")
+    def __init__(
+        self, folder: Path, total: float, seed: int = 0, model: ModuleType = MODEL
+    ) -> None:
+        self.study = search.open_study("a", seed, folder, getattr(model, "STEPS", None))
         self.outcomes = search.past_outcomes(self.study)
-        self.phases = Phases(self.study, MODEL, seed, total, self.outcomes, {"policy": 1}, GROWTH)
+        self.phases = Phases(self.study, model, seed, total, self.outcomes, {"policy": 1}, GROWTH)
         self.total = total
         self.proposals: list[Proposal] = []
 
@@ -81,7 +101,7 @@ class Driver:
         self, proposal: Proposal, state: str = "complete", value: bool = True, dear: float = 0.0
     ) -> None:
         params, number = proposal.trial.params, proposal.trial.number
-        done = params["epochs"] if state == "complete" else 1
+        done = params.get("epochs", 1) if state == "complete" else 1
         fit = dear or step(params) * done
         found = accuracy(params, proposal.seed) if value else None
         found = 0.999 if dear else found
@@ -595,3 +615,69 @@ def test_a_racer_far_behind_at_half_of_its_schedule_is_stopped(tmp_path: Path) -
     assert racer(4, [0.6, 0.785]).should_prune()
     assert not racer(4, [0.6, 0.795]).should_prune()
     assert not racer(4, [0.3]).should_prune()  # too early to tell
+
+
+@pytest.mark.parametrize("total", [60, 150, 600, 3600])
+def test_what_has_no_length_is_screened_on_fewer_letters_and_the_best_are_fitted_on_all(
+    tmp_path: Path, total: float
+) -> None:
+    driver = Driver(tmp_path, total, model=AT_ONCE)
+    driver.run()
+    begun = [proposal.phase for proposal in driver.proposals]
+    assert begun == sorted(begun, key=["screen", "race"].index)
+    screen, racing = driver.of("screen"), driver.of("race")
+    assert {proposal.trial.params["n_letters"] for proposal in screen} == {100}
+    assert {proposal.trial.params["n_letters"] for proposal in racing} == {0}
+    # Law: the screen has its share, but the best of it can be paid for afterwards.
+    numbers = {proposal.trial.number for proposal in screen}
+    screened = {one.number: one for one in driver.outcomes if one.number in numbers}
+    costs = [one.cpu_seconds for one in screened.values()]
+    assert sum(costs) <= SEARCH_SHARE * total + max(costs)
+    assert sum(costs) >= SEARCH_SHARE * total or total - sum(costs) < 12 + 3 * max(costs) / MARGIN
+    assert racing
+    # Law: who was best in the screen goes first, each once, until no other one is paid for.
+    order = [screened[one.trial.user_attrs["screened"]].val_accuracy or 0.0 for one in racing]
+    first = order[:-2]  # the last ones are those that what is left pays for
+    assert first == sorted(first, reverse=True)
+    assert not first or first[0] == max(one.val_accuracy or 0.0 for one in screened.values())
+    assert len({one.trial.user_attrs["screened"] for one in racing}) == len(racing)
+    assert driver.left() < 12 + 3 * max(costs) / MARGIN
+    # Law: another seed would be the same fit; the sweep's model is of the race.
+    winner = driver.phases.winner()
+    assert winner is not None
+    assert driver.phases.confirmed() == [winner]
+    assert winner.val_accuracy == max(one.val_accuracy or 0.0 for one in driver.outcomes)
+
+
+def test_whole_fits_that_are_soon_done_leave_room_for_others_beside_them(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, 600, model=AT_ONCE)
+    driver.run()
+    for proposal in driver.of("race"):
+        needed = EXTRA + step(proposal.trial.params)
+        assert needed <= MARGIN * proposal.grant + 1e-6
+        assert proposal.grant <= 150
+
+
+def test_what_was_fitted_on_all_letters_is_not_fitted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phases, "SEARCH_SHARE", 0.01)
+    driver = Driver(tmp_path, 600, model=AT_ONCE)
+    driver.run()
+    assert len(driver.of("race")) == len(driver.of("screen")) < 5
+    assert driver.left() > 500
+
+
+def test_a_screen_that_is_hardly_shorter_is_none(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, 600, model=AT_ONCE)
+    driver.phases.growth = GROWTH._replace(n_train=150)
+    driver.run()
+    assert {proposal.phase for proposal in driver.proposals} == {"search"}
+    assert {proposal.trial.params["n_letters"] for proposal in driver.proposals} == {0}
+
+
+@pytest.mark.parametrize(("steps", "looks"), [("epochs", 10.8), (None, 40.0)])
+def test_what_a_letter_of_val_costs_by_one_of_train(steps: str | None, looks: float) -> None:
+    counts = {"train": 400, "val": 40}
+    data: Any = SimpleNamespace(part=lambda name: SimpleNamespace(labels=[0] * counts[name]))
+    assert growth(MODEL if steps else AT_ONCE, data).looks == pytest.approx(looks)

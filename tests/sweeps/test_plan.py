@@ -11,7 +11,7 @@ import pytest
 from steps import SWEEP, arguments, runs
 
 from sweeps.phases import Growth
-from sweeps.plan import PLAN_CPU_SECONDS, Timed, on_all, phased
+from sweeps.plan import PLAN_CPU_SECONDS, Timed, on_all, phased, searched
 
 TIMED = Timed(extra=2.0, step=10.0, later=5.0, n_steps=4)
 
@@ -70,6 +70,19 @@ def test_what_is_known_to_race_is_planned_with_whatever_else_was_timed() -> None
     assert phased([timed, dear, dear], None, *budget) == phased([dear], None, *budget) != alone
 
 
+def test_a_plan_of_fits_without_a_length_has_a_screen_and_the_best_of_it_on_all_letters() -> None:
+    timed = [Timed(1.0, 3.0, 3.0, 10), Timed(1.0, 20.0, 20.0, 1)]
+    growth = Growth(40, 10, 2.0)  # 3.5 times as dear
+    screen, race = searched(timed, timed[1], 300.0, 285.0, growth)
+    assert screen[1:] == ["about 24", "short", "8.14 (6.71 to 9.57)"]  # 195 CPU-seconds
+    assert race == ["race", "about 4", "all letters", "21"]
+    # Law: what is left of a small budget pays for one of them.
+    screen, race = searched(timed, timed[1], 60.0, 45.0, growth)
+    assert race == ["race", "about 1", "all letters", "21"]
+    # Law: without one that is known to race they cost what those timed do: 31 and 21.
+    assert searched(timed, None, 300.0, 285.0, growth)[1][3] == "26"
+
+
 def plan(options: dict[str, Any], cpu_minutes: float) -> tuple[int, str, float]:
     """Exit code, output and CPU-seconds of a plan for nearest neighbours."""
     given = arguments(
@@ -97,6 +110,7 @@ def test_a_plan_says_what_a_budget_buys_and_searches_nothing(
     assert "what 300 CPU-seconds will buy" in out
     assert "trial 000, the deck's model" in out
     assert "further trials" in out
+    assert "Warning" not in out
     assert spent <= PLAN_CPU_SECONDS
     (run,) = runs(store, "plan")
     assert run.info.status == "FINISHED"

@@ -167,6 +167,19 @@ def test_a_small_budget_says_that_the_spread_is_unknown(sweeps: Sweeps) -> None:
     assert "confirmed_val_accuracy_std" not in sweeps.parent.data.metrics
 
 
+def test_a_fit_without_a_length_is_screened_on_fewer_letters_and_done_on_all(
+    sweeps: Sweeps,
+) -> None:
+    sweeps.patch.setattr(phases, "SEARCH_SHARE", 1e-6)  # one trial
+    on_some = 'PARAMS = {"n_letters": Param(0, IntDistribution(0, 1000)),'
+    source = toy().replace("PARAMS = {", on_some)
+    source = source.replace("def socket", 'SCREEN = {"n_letters": 10}\n\ndef socket')
+    sweeps.run(source, workers=1)
+    assert sweeps.tags("phase") == ["screen", "race"]
+    assert [trial.data.params["n_letters"] for trial in sweeps.trials] == ["10", "0"]
+    assert sweeps.parent.data.tags["model_uri"] == sweeps.trials[1].data.tags["model_uri"]
+
+
 def test_a_fit_that_shortens_itself_is_told_its_grant_and_not_stopped_before(
     sweeps: Sweeps,
 ) -> None:
