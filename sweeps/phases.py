@@ -33,7 +33,7 @@ DEAR = 4  # times the median of what was screened so far: more is not spent on o
 FLOOR, DECLINE = 0.3, 0.65
 MARGIN = 0.9  # what a step takes in CPU-seconds varies with what else runs
 # Times what a fit without steps is expected to take, that it may take: it cannot end early.
-ROOM = 1.5
+ROOM = 2.0
 LENGTH = 3.0  # whole fits are sqrt(steps that the budget pays for) / LENGTH; the rest is theirs
 N_CONFIRMING = 2  # further seeds of the winner, or none: two fits tell no spread
 ENOUGH = 12  # steps of each of three fits, that make them better than two longer ones
@@ -358,7 +358,7 @@ class Phases:
         elif n_races(one):
             return None
         else:  # others may race beside it
-            grant = min(grant, max(GRANT_SHARE * self.total, ROOM * sum(self._costs(one))))
+            grant = min(grant, ROOM * sum(self._costs(one)))
         fixed = self._params(one.number) | whole
         if len(self._tried("race")) >= N_SAFE or n_races(one):
             for name in getattr(self.member, "LATE", ()):
