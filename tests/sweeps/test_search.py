@@ -172,3 +172,17 @@ def test_importances_are_those_of_what_was_proposed_and_of_one_length(tmp_path: 
     # Law: what only the known trials have had is not explained by them.
     assert set(search.importances(study, 2)) == {"rate"}
     assert search.importances(study, 11) == {}
+
+
+@pytest.mark.parametrize(("phase", "stopped"), [("screen", True), ("race", False)])
+def test_what_races_is_not_halved(phase: str, stopped: bool) -> None:
+    study = optuna.create_study(pruner=search.Halving(), direction="maximize")
+    found = []
+    for value in (0.9, 0.8, 0.7, 0.1):
+        trial = study.ask()
+        trial.set_user_attr("phase", phase)
+        trial.report(value, 1)
+        found.append(trial.should_prune())
+        study.tell(trial, value)
+    assert found[0] is False  # the first is the best third of one
+    assert found[-1] is stopped
