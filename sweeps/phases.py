@@ -31,7 +31,7 @@ DEAR = 4  # times the median of what was screened so far: more is not spent on o
 # An error of e after a short fit is one of e (FLOOR + (1 - FLOOR) n^-DECLINE) after one that sees n
 # times as many letters: what the priors of CNN and LSTM do on 40,000 letters, within a fifth.
 FLOOR, DECLINE = 0.3, 0.65
-MARGIN = 0.9  # what a step takes in CPU-seconds varies with what else runs
+MARGIN = 0.9  # of a grant, to plan with: what a step takes varies with what else runs
 # Times what a fit without steps is expected to take, that it may take: it cannot end early.
 ROOM = 2.0
 LENGTH = 3.0  # whole fits are sqrt(steps that the budget pays for) / LENGTH; the rest is theirs
