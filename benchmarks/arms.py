@@ -343,13 +343,14 @@ def ours(part: str, model: str, root: Path, seed: int, budget: float, whole: boo
     if not whole:
         fixed = {name: member.FIXED[name] for name in METHOD if name in member.FIXED}
         member.PRIORS, member.FIXED, member.LATE = [], fixed, ()
-    if part == "without_screen":  # the first prior, at once
+    if part == "without_screen" and hasattr(member, "STEPS"):  # the first prior, at once
         screened = search.screened
         search.screened = lambda member, place: screened(member, place + 1)
         phases.SCREEN_SHARE = 1e-9
-    elif part == "without_phases":  # TPE and median pruning of whole fits
+    elif part in ("without_screen", "without_phases"):  # whole fits
         member.FIXED = member.FIXED | {"n_letters": 0}
         del member.SCREEN
+    if part == "without_phases":  # TPE and median pruning
         if hasattr(member, "STEPS"):
             member.FIXED["epochs"] = EPOCHS
             del member.STEPS

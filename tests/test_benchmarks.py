@@ -18,7 +18,7 @@ from steps import left_until
 from benchmarks import arms, peers, scale
 from pipeline import models, prep, registry
 from pipeline.models import cnn, knn
-from sweeps import processes, search, sweep
+from sweeps import phases, processes, search, sweep
 from sweeps.budget import own_cpu_seconds
 from sweeps.engine import Engine
 from sweeps.trial import Referee
@@ -295,6 +295,35 @@ def test_our_search_alone_has_no_priors_and_its_method(
     assert (member.PRIORS, member.FIXED, member.LATE) == ([], fixed, ())
     # Law: where all are to have the same, nobody's answers are averaged over copies.
     assert search.whole(member).get("tta", 1) == 1
+
+
+@pytest.mark.parametrize("part", ["without_screen", "without_phases"])
+@pytest.mark.parametrize("model", ["cnn", "knn"])
+def test_our_sweep_without_one_of_its_parts(
+    part: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member, halving = registry.load(models, model), search.Halving
+    priors, short = search.known(member)[1:], search.short_fit(member)
+    for name in ("SCREEN", "STEPS", "FIXED"):
+        if hasattr(member, name):
+            monkeypatch.setattr(member, name, getattr(member, name))
+    monkeypatch.setattr(phases, "SCREEN_SHARE", phases.SCREEN_SHARE)
+    monkeypatch.setattr(search, "screened", search.screened)
+    monkeypatch.setattr(search, "Halving", halving)
+    monkeypatch.setattr(prep, "ensure", prep.ensure)
+    monkeypatch.setattr(Referee, "__call__", Referee.__call__)
+    monkeypatch.setattr(sweep, "main", lambda words: None)
+    arms.ours(part, model, tmp_path, 0, 300, whole=True)
+    # Law: a fit is on all letters, or the only short one is the first prior's.
+    if (part, model) == ("without_screen", "cnn"):
+        assert search.screened(member, 0) == priors[0] | short
+        assert phases.SCREEN_SHARE < 1e-6
+    else:
+        n_short = search.short_fit(member).get("n_letters") or 40_000
+        assert not phases.screens(member, phases.Growth(40_000, n_short, 0.0))
+        assert member.FIXED["n_letters"] == 0
+    # Law: what stops a fit is the other tuners' rule without phases, else ours.
+    assert (search.Halving is halving) == (part == "without_screen")
 
 
 def test_a_row_is_what_was_found_within_its_budget() -> None:
