@@ -229,7 +229,7 @@ def find(client: Any, run_id: str) -> RunEntity:
                 "a run with a model is needed, but no finished sweep or train run was found: "
                 "run `mlflow run . -e train -P model=knn` first"
             )
-        return max(runs, key=lambda run: run.info.start_time)
+        return max(runs, key=lambda run: run.info.end_time)
     run = tracking.get_run(client, run_id)
     if "model_uri" not in run.data.tags or "val_accuracy" not in run.data.metrics:
         raise UserError(

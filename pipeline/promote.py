@@ -55,7 +55,12 @@ def find(client: Any, run_id: str) -> RunEntity:
     """
     if run_id != "best":
         return evaluate.find(client, run_id)
-    sweeps = tracking.latest_sweeps(client, "latest")
+    return best(client, "latest")
+
+
+def best(client: Any, digest: str) -> RunEntity:
+    """Of the latest sweeps on one data set that with the best ``val_accuracy``."""
+    sweeps = tracking.latest_sweeps(client, digest)
     return max(sweeps.values(), key=lambda sweep: float(sweep.data.metrics["val_accuracy"]))
 
 

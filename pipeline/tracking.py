@@ -530,13 +530,16 @@ def get_run(client: mlflow.MlflowClient, run_id: str) -> RunEntity:
 
 
 def latest_runs(client: mlflow.MlflowClient, step: str, **tags: str) -> list[RunEntity]:
-    """Finished runs of a step with these tags, the latest first."""
+    """Finished runs of a step with these tags, first the one that ended last.
+
+    One that was interrupted, and opened once more, has the start that it had.
+    """
     conditions = [f"tags.{key} = '{value}'" for key, value in {"step": step, **tags}.items()]
     return list(
         client.search_runs(
             [experiment_id(client)],
             " and ".join(["attributes.status = 'FINISHED'", *conditions]),
-            order_by=["attributes.start_time DESC"],
+            order_by=["attributes.end_time DESC"],
         )
     )
 

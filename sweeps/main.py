@@ -13,8 +13,7 @@ from pathlib import Path
 import mlflow
 from mlflow.exceptions import ExecutionException
 
-from pipeline import cli, models, precision, registry, tracking
-from pipeline.promote import REFUSED
+from pipeline import cli, models, precision, promote, registry, tracking
 from pipeline.spec import UserError
 from sweeps.sweep import OPTIONS as SWEEP_OPTIONS
 
@@ -61,7 +60,7 @@ def _refused(run_id: str) -> bool:
     """Whether a run is a promotion that was refused, for which MLflow's FAILED is not the word."""
     client = mlflow.MlflowClient()
     run = client.get_run(run_id)
-    refused = run.data.tags.get("decision") == REFUSED
+    refused = run.data.tags.get("decision") == promote.REFUSED
     if refused:
         tracking.Run(client, run_id, run.info.experiment_id).close("FINISHED")
     return refused
@@ -76,13 +75,15 @@ def main(argv: Sequence[str]) -> None:
     data = {name: options[name] for name in ("dataset", "archive", "n_train", "data_dir")}
     with tracking.start("main") as run:
         run.name("main · " + ", ".join(names))
-        step("prep", **data)
+        # Somebody may sweep other letters meanwhile: what is compared is what was swept here.
+        digest = run.client.get_run(step("prep", **data)).data.tags["dataset_digest"]
         for name in names:
             # What one model does not know is no reason to stop the others.
             known = precision.HYPERPARAMETER in registry.load(models, name).PARAMS
             step("sweep", model=name, **options | ({} if known else {"precision": precision.AUTO}))
-        comparison = step("compare", dataset_digest="latest", data_dir=data_dir)
-        promotion = run.client.get_run(step("promote", run_id="best", data_dir=data_dir))
+        comparison = step("compare", dataset_digest=digest, data_dir=data_dir)
+        best = promote.best(run.client, digest).info.run_id
+        promotion = run.client.get_run(step("promote", run_id=best, data_dir=data_dir))
         table = run.client.get_run(comparison).data.tags[tracking.NOTE]
         decision = f"{promotion.data.tags['decision']}: {promotion.data.tags['sentence']}"
         run.describe(f"{table}\n\n{decision}")

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -15,7 +16,7 @@ from mlflow.exceptions import ExecutionException, MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from scipy.stats import binomtest
 from servers import Server
-from steps import arguments, artifacts, runs
+from steps import SWEEP, arguments, artifacts, runs
 from stores import CODE, N_TRAIN, open_store
 
 from pipeline import champion, promote, tracking, verdict
@@ -158,6 +159,33 @@ def test_a_refusal_does_not_fail_main_but_an_error_does(
     with pytest.raises(UserError, match="every step must succeed, but promote failed"):
         main.step("promote", run_id="best")
     assert runs(store, "promote")[-1].info.status == "FAILED"
+
+
+def test_main_keeps_to_the_letters_that_it_has_swept(
+    store: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, given = store.get_run(_id(store, "good")), {}
+    digest = good.data.tags["dataset_digest"]
+
+    def run(uri: str, entry_point: str, parameters: dict[str, str], env_manager: str) -> Any:
+        given[entry_point] = parameters
+        with tracking.start(entry_point) as made:
+            made.tags({"decision": "promoted", "sentence": "it becomes the champion"})
+            made.tags({"dataset_digest": digest} if entry_point == "prep" else {})
+            made.describe(f"what {entry_point} says")
+        return SimpleNamespace(run_id=made.id)
+
+    monkeypatch.setattr(mlflow.projects, "run", run)
+    with tracking.start("sweep") as other:  # of other letters, and better, that ends meanwhile
+        other.tags({"model": "cnn", "dataset_digest": "0123456789ab"})
+        other.metrics({"val_accuracy": 1.0})
+    data = {"dataset": "strokes", "archive": "default", "n_train": "all", "data_dir": "data"}
+    swept = {name: value for name, value in SWEEP.items() if name in main.OPTIONS}
+    main.main(arguments(swept | data | {"models": "knn"}))
+    assert given["compare"]["dataset_digest"] == digest
+    assert given["promote"]["run_id"] == good.info.run_id
+    said = capsys.readouterr().out
+    assert "what compare says\n\npromoted: it becomes the champion" in said
 
 
 def test_a_worse_challenger_is_refused_with_the_figures(

@@ -270,7 +270,7 @@ def test_latest_sweeps_are_one_a_model_and_of_one_data_set(store: mlflow.MlflowC
         with tracking.start("sweep") as run:
             run.tags({"model": model, "dataset_digest": digest})
         ids[number] = run.id
-        time.sleep(0.005)  # start times are in milliseconds
+        time.sleep(0.005)  # times are in milliseconds
     _failed_sweep()
     # The last one's data set, the latest of each model; a sweep that failed does not count.
     found = {
@@ -278,6 +278,13 @@ def test_latest_sweeps_are_one_a_model_and_of_one_data_set(store: mlflow.MlflowC
     }
     assert found == {"cnn": ids[3], "knn": ids[1]}
     found = {model: run.info.run_id for model, run in tracking.latest_sweeps(store, "bbbb").items()}
+    assert found == {"cnn": ids[2]}
+    # One that was interrupted, and is continued in its run, is the last as well.
+    with tracking.start("sweep", again=store.get_run(ids[2])):
+        pass
+    found = {
+        model: run.info.run_id for model, run in tracking.latest_sweeps(store, "latest").items()
+    }
     assert found == {"cnn": ids[2]}
 
 
