@@ -64,6 +64,7 @@ class Cluster:
         self.refused: dict[str, str] = {}
         self.looked = 0.0
         self.heard: queue.SimpleQueue[tuple[float, Message]] = queue.SimpleQueue()
+        self.address = address
         self.client = _connect(address)
         # A worker that hangs keeps a thread waiting, and must not keep the driver.
         self.senders = ThreadPoolExecutor(max_workers=32)
@@ -73,7 +74,7 @@ class Cluster:
         self.pulse = threading.Thread(target=self._live, daemon=True)
         self.pulse.start()
         try:
-            self._gather(address)
+            self._gather()
         except UserError:
             self.close()
             raise
@@ -97,7 +98,7 @@ class Cluster:
 
         Raises:
             ConnectionError: the scheduler is gone.
-            UserError: no worker is left that may be used.
+            UserError: a worker cannot host a trial.
         """
         self._look()
         try:
@@ -112,7 +113,15 @@ class Cluster:
             yield from self._miss(trial)
 
     def capacity(self) -> int:
-        """Trials that the workers that are there can have side by side."""
+        """Trials that the workers that are there can have side by side.
+
+        Where none is there, and no trial that would show when one is, it waits for the next.
+
+        Raises:
+            UserError: none comes within a minute, or none that may be used.
+        """
+        if not self.live:
+            self._gather()
         return sum(self.threads[worker] for worker in self.good & set(self.threads))
 
     def cpu_seconds(self) -> float:
@@ -144,7 +153,7 @@ class Cluster:
 
     # ---- who is there
 
-    def _gather(self, address: str) -> None:
+    def _gather(self) -> None:
         until = time.monotonic() + GATHER_SECONDS
         while not self.good:
             self._look()
@@ -152,8 +161,9 @@ class Cluster:
                 raise UserError(next(iter(self.refused.values())))
             if time.monotonic() > until:
                 raise UserError(
-                    f"a sweep on a cluster needs a worker, but {address} had none within "
-                    f"{GATHER_SECONDS:.0f} s: start one with `dask worker {address} --nthreads 1`"
+                    f"a sweep on a cluster needs a worker, but {self.address} had none within "
+                    f"{GATHER_SECONDS:.0f} s: start one with `dask worker {self.address} "
+                    "--nthreads 1`"
                 )
             time.sleep(0.1)
 
