@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import mlflow
 import optuna
+from mlflow.entities import LifecycleStage, ViewType
 from mlflow.entities import Run as RunEntity
 from optuna.trial import TrialState
 from tqdm import tqdm
@@ -20,8 +21,8 @@ from sweeps import processes, search
 from sweeps.budget import RESERVE_CPU_SECONDS, Ledger, own_cpu_seconds
 from sweeps.cluster import Cluster
 from sweeps.nursery import Message, Nursery, lost
-from sweeps.phases import RETRY_OF, Phases, Proposal, growth
-from sweeps.trial import REFUSED, STATUS, Outcome, Referee, death, description
+from sweeps.phases import Phases, Proposal, growth
+from sweeps.trial import REFUSED, RETRY_OF, STATUS, Outcome, Referee, death, description
 
 MAX_FAILURES = 3  # a sweep whose first trials all fail has one cause
 LOGGING_CPU_SECONDS = 2.0  # after a trial's last step, before one has shown what it takes
@@ -83,6 +84,7 @@ class Engine:
         self.tags = tracking.environment_tags() | tracking.dataset_tags(task.data)
         self.tags |= {"model": task.model, "study": study.study_name}
         self.outcomes = search.past_outcomes(study)
+        self.n_past = len(self.outcomes)
         self.phases: Phases | None = None
         self.live: dict[int, _Live] = {}
         self.nursery: Nursery | Cluster | None = None
@@ -152,6 +154,8 @@ class Engine:
                     raise KeyboardInterrupt
                 try:
                     self._fill()
+                    if self.interrupted:
+                        continue
                     if not self.live:
                         break
                     self._hear()
@@ -172,14 +176,17 @@ class Engine:
         self.interrupted = True
 
     def _one_cause(self) -> bool:
-        """Whether the first trials have all failed, or died otherwise than with their nursery."""
-        first = self.outcomes[:MAX_FAILURES]
+        """Whether this driver's first trials have all failed, or died otherwise than with theirs.
+
+        What failed before may be mended by now; and where one has ended well it is not one cause.
+        """
+        first = self.outcomes[self.n_past :][:MAX_FAILURES]
         failed = [one for one in first if one.failure and not one.lost]
-        return len(failed) == MAX_FAILURES
+        return len(failed) == MAX_FAILURES and not any(one.model_uri for one in self.outcomes)
 
     def _fill(self) -> None:
         """Start trials while there are workers and the budget can pay for them."""
-        while (left := self.left()) > 0:
+        while not self.interrupted and (left := self.left()) > 0:
             if self.nursery is None:
                 if self.price() > left:
                     return
@@ -408,8 +415,12 @@ class Engine:
     def recover(self) -> None:
         """Make good what the drivers before this one had no time for.
 
-        No child run is left RUNNING, and every trial that was proposed has one.
+        No child run is left RUNNING, and every trial that was proposed has one, which says how it
+        ended. A study that goes on has the precision that it began with.
         """
+        if chosen := self.study.user_attrs.get("precision"):
+            self.tags["precision"] = chosen
+            self.run.tags({"precision": chosen})
         begun = [
             trial
             for trial in self.study.get_trials(deepcopy=False)
@@ -417,9 +428,19 @@ class Engine:
         ]
         if not begun:
             return
-        runs = self._runs()
-        self._close_runs([run for run in runs if run.info.status == "RUNNING"])
+        runs = self._runs(view=ViewType.ALL)
+        ended = {one.run_id: STATUS[one.state] for one in self.outcomes}
+
+        def is_open(run: RunEntity) -> bool:
+            """Also one that was closed as KILLED, since its driver had died while it closed it."""
+            status = ended.get(run.info.run_id)
+            done = run.info.status == status and tracking.NOTE in run.data.tags
+            return not done if status else run.info.status == "RUNNING"
+
+        there = [run for run in runs if run.info.lifecycle_stage == LifecycleStage.ACTIVE]
+        self._close_runs([run for run in there if is_open(run)])
         known = {run.data.tags["trial"] for run in runs}
+        known |= {str(one.number) for one in self.outcomes}  # a deleted run may be gone for good
         for trial in begun:
             if str(trial.number) not in known:
                 child = self._create(trial.number)
@@ -427,14 +448,14 @@ class Engine:
                 child.close("KILLED")
 
     @charge("tracking")
-    def _runs(self, condition: str = "") -> list[RunEntity]:
+    def _runs(self, condition: str = "", view: int = ViewType.ACTIVE_ONLY) -> list[RunEntity]:
         """The study's child runs."""
         condition += f"tags.step = 'trial' and tags.study = '{self.study.study_name}'"
         home = [self.run.experiment_id]
-        return list(self.run.client.search_runs(home, condition, max_results=50_000))
+        return list(self.run.client.search_runs(home, condition, view, max_results=50_000))
 
     def _close_runs(self, runs: Sequence[RunEntity]) -> None:
-        """Close runs that are RUNNING though no trial is."""
+        """Close runs that are open though no trial is."""
         outcomes = {str(outcome.number): outcome for outcome in self.outcomes}
         for entity in runs:
             run = tracking.Run(self.run.client, entity.info.run_id, entity.info.experiment_id)

@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from pipeline.spec import LATE_LETTERS, N_LETTERS, TTA, VALIDATION, Dataset, Params
 from sweeps import search
 from sweeps.budget import GRANT_SHARE
-from sweeps.trial import Outcome
+from sweeps.trial import RETRY_OF, Outcome
 
 SCREEN_SHARE = 0.25  # of the budget
 SEARCH_SHARE = 0.65  # of the budget, where a fit has no length that would use the rest
@@ -50,9 +50,9 @@ RIVAL = 1.25
 # Times the error of one fit, that each of two which race may promise: the better of two promises,
 # each right within a tenth or so, does so much better than promised.
 EITHER = 1.06
-# User attributes: the trial whose worker has died; the one of the screen that a race goes on with;
-# the place of one of the screen among the model's priors, from 1.
-RETRY_OF, SCREENED, PRIOR = "retry_of", "screened", "prior"
+# User attributes: the one of the screen that a race goes on with; the place of one of the screen
+# among the model's priors, from 1.
+SCREENED, PRIOR = "screened", "prior"
 N_SAFE = 2  # racing trials that keep the late hyperparameters of the screen
 
 Trial = optuna.trial.FrozenTrial
@@ -167,13 +167,17 @@ class Phases:
     ) -> None:
         """``cpu_seconds`` is the whole budget; ``outcomes`` grows while trials end.
 
-        Every trial has the hyperparameters ``everywhere``.
+        Every trial has the hyperparameters ``everywhere``. Those of the screen that have died with
+        the drivers before this one come first, once more.
         """
         self.growth = growth
         self.study, self.member, self.seed, self.total = study, member, seed, cpu_seconds
         self.outcomes, self.everywhere = outcomes, everywhere
         self.steps: str | None = getattr(member, "STEPS", None)
-        self.lost: list[tuple[Trial, float]] = []
+        self.lost = [
+            (trial, self._screening_grant(trial.number == 0 or PRIOR in trial.user_attrs))
+            for trial in self._interrupted()
+        ]
 
     def retry(self, number: int, grant: float) -> None:
         """Try a trial once more whose worker has died, unless that was the second time."""
@@ -220,13 +224,15 @@ class Phases:
         fixed = search.screened(self.member, n_begun) | self.everywhere
         if phase == "search":
             fixed |= search.whole(self.member)
-        grant = min(left, GRANT_SHARE * self.total)
-        screened = self._screened()
-        proposed = n_begun >= len(search.known(self.member))
-        if proposed and screened:
-            grant = min(grant, self._worth_screening(screened))
-        notes = {PRIOR: n_begun} if n_begun and not proposed else None
+        known = n_begun < len(search.known(self.member))
+        grant = min(left, self._screening_grant(known))
+        notes = {PRIOR: n_begun} if n_begun and known else None
         return self._propose(fixed, phase, self.seed, grant, notes)
+
+    def _screening_grant(self, known: bool) -> float:
+        """CPU-seconds that a short fit may take; one that is ``known`` may be dear."""
+        grant, screened = GRANT_SHARE * self.total, self._screened()
+        return grant if known or not screened else min(grant, self._worth_screening(screened))
 
     def _worth_screening(self, screened: Sequence[Outcome]) -> float:
         """CPU-seconds that one more short fit may take, by those so far.
@@ -390,6 +396,23 @@ class Phases:
             if trial.user_attrs.get("phase") == phase
             and (every_round or trial.user_attrs.get("round") == self.total)
             and (phase in ("screen", "search") or trial.state != TrialState.FAIL)
+        ]
+
+    def _interrupted(self) -> list[Trial]:
+        """Those of a screen, or a search, that have died with a driver, and were not tried again.
+
+        They were no worse than others, and the first are the deck's model and the priors.
+        """
+        trials = self.study.get_trials(deepcopy=False)
+        done = {one.number for one in self.outcomes if not one.lost}
+        again = {trial.user_attrs.get(RETRY_OF) for trial in trials}
+        return [
+            trial
+            for trial in trials
+            if trial.state == TrialState.FAIL
+            and trial.user_attrs.get("phase") in ("screen", "search")
+            and RETRY_OF not in trial.user_attrs
+            and trial.number not in done | again
         ]
 
     def _tried(self, phase: str, every_round: bool = False) -> list[Trial]:

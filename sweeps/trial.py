@@ -17,6 +17,7 @@ from pipeline.train import train
 from sweeps.nursery import Message
 
 SHORTEST = 0.25  # what a step that a fit has shortened costs at least, by one that it has not
+RETRY_OF = "retry_of"  # user attribute: the trial whose worker has died, of one that is it again
 REFUSED = "refused"  # the failure of a trial that was given what it must not use
 
 # How a trial ended: the status of its child run.
@@ -149,6 +150,7 @@ class Referee:
         After the step ``shortened_after`` the fit makes those that follow as short as it must.
         """
         self.trial, self.grant, self.steps_end = trial, grant, grant - logging
+        self.is_baseline = trial.user_attrs.get(RETRY_OF, trial.number) == 0  # never pruned
         self.shortened_after = shortened_after
         self.curve: list[tracking.Point] = []
         self.spent = [0.0]  # CPU-seconds at the start and at each report
@@ -172,7 +174,7 @@ class Referee:
         share = SHORTEST if step == self.shortened_after else 1.0
         if now + share * (now - before) > self.steps_end - overdraft:
             self.state = "over_budget"
-        elif self.trial.number > 0 and self.trial.should_prune():  # the baseline is never pruned
+        elif not self.is_baseline and self.trial.should_prune():
             self.state = "pruned"
         return self.state != "complete"
 

@@ -99,6 +99,12 @@ def _check_the_end(typist: Typist) -> None:
             reports = study.trials[int(trial.data.tags["trial"])].intermediate_values
             assert trial.data.metrics["val_accuracy"] == reports[max(reports)]
             assert trial.data.metrics["cpu_seconds"] > 0
+    # However its driver died, a trial's run says how it ended.
+    for trial in trials:
+        outcome = study.trials[int(trial.data.tags["trial"])].user_attrs.get("outcome")
+        if outcome:
+            assert trial.info.status == STATUS[outcome["state"]]
+            assert trial.data.tags["state"] == outcome["state"]
     # Params are those that the study has. No trial was proposed a second time.
     for trial in trials:
         assert trial.data.tags["state"] in STATUS
@@ -257,6 +263,11 @@ def test_a_sweep_that_was_interrupted_in_its_first_trials_is_continued(
     out = typist.type().communicate(timeout=120)
     assert b"continuing the sweep that was interrupted" in out
     _check_the_end(typist)
+    # Nor are they lost, the deck's model first of all.
+    tags = [trial.data.tags for trial in runs(typist.store, "trial")]
+    again = {int(one["retry_of"]): one["state"] for one in tags if "retry_of" in one}
+    assert set(again) == {0, 1, 2}
+    assert again[0] == "complete"
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])

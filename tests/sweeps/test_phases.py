@@ -24,7 +24,7 @@ from sweeps.phases import (
     growth,
     shares,
 )
-from sweeps.trial import Outcome
+from sweeps.trial import RETRY_OF, Outcome
 
 PRIOR = {"width": 4, "rate": 0.3, "dropout": 0.25, "epochs": 10, "n_letters": 0, "policy": 0}
 MODEL = cast(
@@ -392,6 +392,35 @@ def test_later_racers_search_what_a_step_does_not_tell(
     dropouts = [proposal.trial.params["dropout"] for proposal in driver.of("race")]
     assert set(dropouts[:2]) <= {0.0, 0.25}
     assert len(set(dropouts[2:])) == len(dropouts[2:]) > 2
+
+
+@pytest.mark.parametrize("model", [MODEL, AT_ONCE], ids=["steps", "at once"])
+def test_what_has_died_with_its_driver_is_tried_once_more(
+    model: ModuleType, tmp_path: Path
+) -> None:
+    first = Driver(tmp_path, 1200, model=model)
+    for _ in range(3):
+        assert first.ask()
+    first.end(first.proposals[2], dear=0.1)  # of the three this one alone has ended
+    again = Driver(tmp_path, 1200, model=model)
+    for _ in range(3):
+        assert again.ask()
+    defaults, prior, new = again.proposals
+    # Law: the deck's model and the priors are not lost with the driver that was at them.
+    known = search.known(model)
+    assert [late(one.trial.params) for one in (defaults, prior)] == [
+        late(params) | {"policy": 1} for params in known
+    ]
+    notes = [one.trial.user_attrs for one in again.proposals]
+    assert [one.get(RETRY_OF) for one in notes] == [0, 1, None]
+    assert [one.get(phases.PRIOR) for one in notes] == [None, 1, None]
+    assert new.trial.params != first.proposals[2].trial.params
+    assert {one.phase for one in again.proposals} == {"screen"}
+    # Law: one that dies once more may be the cause.
+    last = Driver(tmp_path, 1200, model=model)
+    proposal = last.ask()
+    assert proposal
+    assert proposal.trial.user_attrs[RETRY_OF] == new.trial.number
 
 
 def test_a_driver_that_dies_anywhere_is_followed_by_one_that_goes_on(tmp_path: Path) -> None:
