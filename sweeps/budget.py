@@ -46,7 +46,8 @@ class Ledger:
 
     A line is a JSON object: ``open`` (a driver begins; ``total`` CPU-seconds), ``grant`` (before a
     trial starts), ``beat`` (what driver and trials have spent so far), ``debit`` (a trial's bill),
-    ``searched`` (no trial will follow), ``end`` (nor anything else). User and system time of every
+    ``searched`` (no trial will follow), ``end`` (nor anything else; with a ``total`` where the
+    command was refused, so that its budget is what it was). User and system time of every
     process count, by cause. Where a driver died its last beat is what it spent, and a grant without
     a debit counts as ``lost``, at its last beat or in full.
     """
@@ -82,6 +83,7 @@ class Ledger:
         self.total, self.past, last = _read(text)
         again = last is not None and last.key == key and not last.ended
         self.total += 0.0 if again else cpu_seconds
+        self.before = self.total if again else self.total - cpu_seconds
         self.searched = again and last is not None and last.searched
         self.granted: dict[int, float] = {}  # trial: CPU-seconds; of trials that run now
         self.debited: Bill = {}  # since this was opened
@@ -116,6 +118,14 @@ class Ledger:
     def end(self, own: Bill) -> None:
         """The command that opened this has done what it had to; its bill so far."""
         self._write({"kind": "end", "own": own})
+
+    def refuse(self) -> None:
+        """The command is refused before it has done anything: what it adds is taken back.
+
+        That of one that is continued stays: it may be typed again.
+        """
+        if self.before < self.total:
+            self._write({"kind": "end", "own": {}, "total": self.before})
 
     def close(self) -> None:
         """Give the ledger free for a later process."""
@@ -175,6 +185,7 @@ def _read(text: str) -> tuple[float, Bill, Opening | None]:
         else:
             own = record["own"]
             beats |= {int(trial): spent for trial, spent in record.get("trials", {}).items()}
+            total = record.get("total", total)
             if record["kind"] == "end" and opening:
                 opening = opening._replace(ended=True)
             elif record["kind"] == "searched" and opening:

@@ -10,6 +10,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
+from pipeline import precision
 from pipeline.bill import charge
 from pipeline.spec import Param, Params, UserError
 from sweeps.storage import keep_place, open_storage
@@ -115,6 +116,16 @@ def check_space(study: optuna.Study, space: Mapping[str, Param]) -> None:
                 f"{study.study_name} {name} was {before} and is {now or 'gone'}: put that back in "
                 "the model's file, or begin a new study, without study=NAME and with another seed"
             )
+
+
+def check_precision(study: optuna.Study, wanted: str) -> None:
+    """Refuse another precision than that of a study's fits so far, from which it goes on."""
+    has = study.user_attrs.get("precision", wanted)
+    if wanted not in (precision.AUTO, has):
+        raise UserError(
+            f"a study's fits have one precision, but {study.study_name} has {has} and {wanted} "
+            "came: leave precision out, or begin a new study, without study=NAME"
+        )
 
 
 def _may_follow(before: BaseDistribution, now: BaseDistribution) -> bool:

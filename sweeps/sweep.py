@@ -87,9 +87,10 @@ def finish(engine: Engine, fits: Sequence[Outcome]) -> None:
     run, study, outcomes = engine.run, engine.study, engine.outcomes
     title = f"{engine.task.model} on {engine.task.data.title}"
     trials = table(outcomes, study)
-    params = pd.DataFrame([study.trials[outcome.number].params for outcome in outcomes])
+    proposed = [trial.params for trial in study.get_trials(deepcopy=False)]
+    params = pd.DataFrame([proposed[outcome.number] for outcome in outcomes])
     best = fits[0]
-    run.params(study.trials[best.number].params | found(best.found))
+    run.params(proposed[best.number] | found(best.found))
     run.link_model(str(best.model_uri))
     run.tags({"best_run_id": best.run_id})
     run.csv("trials.csv", trials.join(params))
@@ -143,7 +144,7 @@ def spread(fits: Sequence[Outcome]) -> str:
 
 
 def _nothing(outcomes: Sequence[Outcome], engine: Engine) -> UserError:
-    failed = [outcome for outcome in outcomes if outcome.failure]
+    failed = [one for one in outcomes[engine.n_past :] or outcomes if one.failure]
     if failed:
         return UserError(
             f"a sweep needs a trial that ends well, but none of {len(outcomes)} did, "
@@ -217,6 +218,13 @@ def named(client: mlflow.MlflowClient, folder: Path, model: str, data: Dataset) 
             f"a study is continued in the tracking store where it began, but {folder.name!r} is "
             f"unknown to {mlflow.get_tracking_uri()}: set MLFLOW_TRACKING_URI as it was then"
         ) from None
+    home = tracking.experiment_id(client)
+    if run.info.experiment_id != home:
+        raise UserError(
+            f"a study is continued in the experiment where it began, but {folder.name!r} is in "
+            f"that with the id {run.info.experiment_id}, and {home} came: pass --experiment-id="
+            f"{run.info.experiment_id} to mlflow run"
+        )
     mine, its = (model, data.digest), (run.data.tags["model"], run.data.tags["dataset_digest"])
     if mine != its:
         raise UserError(
@@ -273,15 +281,16 @@ def main(argv: Sequence[str]) -> None:
             ledger = stack.enter_context(closing(opened(folder, again.info.run_id)))
         run = stack.enter_context(tracking.start("sweep", again=again))
         folder = folder or studies / f"{model}-{run.id[:8]}"
+        # Before there is a ledger, which names a run that has them; and of one that goes on too:
+        # its driver may have died before it wrote them.
+        run.tags({"model": model, "study": folder.name})
+        run.use_dataset(data, "train")
         if again:
             print(f"{model}: continuing the sweep that was interrupted, run {run.id}")
         else:
             ledger = stack.enter_context(closing(opened(folder, run.id)))
             run.name(f"{model} sweep")
             run.tags({"continues": before.run.info.run_id} if before else {})
-        # Of one that goes on too: its driver may have died before it wrote them.
-        run.tags({"model": model, "study": folder.name})
-        run.use_dataset(data, "train")
         sweep(run, ledger, folder, task)
 
 
@@ -299,8 +308,13 @@ def write_plan(task: Task, budget: float) -> None:
 def sweep(run: tracking.Run, ledger: Ledger, folder: Path, task: Task) -> None:
     """Search and close; the study lies in ``folder``, whose name is its name."""
     member = registry.load(models, task.model)
-    study = search.open_study(folder.name, task.seed, folder, getattr(member, "STEPS", None))
-    search.check_space(study, member.PARAMS)
+    try:
+        study = search.open_study(folder.name, task.seed, folder, getattr(member, "STEPS", None))
+        search.check_space(study, member.PARAMS)
+        search.check_precision(study, task.precision)
+    except UserError:
+        ledger.refuse()
+        raise
     with closing(Progress(task.model, ledger.total)) as show:
         engine = Engine(run, study, task, ledger, show)
         engine.recover()

@@ -57,6 +57,23 @@ def test_a_command_brings_its_budget_once(tmp_path: Path) -> None:
     assert _reopened(path, "b") == (250.0, 3.0)
 
 
+def test_a_command_that_is_refused_takes_its_budget_back(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    with closing(_ledger(path)) as ledger:
+        ledger.end({"import": 3.0})
+    with closing(_ledger(path, 3600.0, "b")) as ledger:
+        ledger.refuse()
+    assert last_opening(path) == Opening("b", "run", ended=True)
+    # One that was interrupted is not done with: mended, it goes on with what it has.
+    with closing(_ledger(path, 50.0, "c")) as ledger:
+        assert (ledger.total, ledger.past) == (150.0, {"import": 3.0})
+    with closing(_ledger(path, 50.0, "c")) as ledger:
+        ledger.refuse()
+    assert last_opening(path) == Opening("c", "run")
+    with closing(_ledger(path, 50.0, "c")) as ledger:
+        assert ledger.total == 150.0
+
+
 def _touched(path: Path) -> Path:
     path.touch()
     return path

@@ -55,6 +55,28 @@ def test_a_study_goes_on_with_the_hyperparameters_that_it_began_with(
         assert search.ask(study, model, {}).params.keys() == space.keys()
 
 
+@pytest.mark.parametrize(
+    ("has", "wanted", "fits"),
+    [
+        (None, "float32", True),
+        ("float32", "auto", True),
+        ("bfloat16", "bfloat16", True),
+        ("bfloat16", "float32", False),
+    ],
+)
+def test_a_study_keeps_its_precision(
+    has: str | None, wanted: str, fits: bool, tmp_path: Path
+) -> None:
+    study = search.open_study("a", 0, tmp_path)
+    if has:
+        study.set_user_attr("precision", has)
+    if fits:
+        search.check_precision(study, wanted)
+    else:
+        with pytest.raises(UserError, match="one precision, but a has bfloat16 and float32 came"):
+            search.check_precision(study, wanted)
+
+
 def test_what_is_fixed_is_proposed_and_the_rest_is_searched(tmp_path: Path) -> None:
     study = search.open_study("a", 0, tmp_path)
     trials = [search.ask(study, MODEL, {"depth": 7}) for _ in range(4)]

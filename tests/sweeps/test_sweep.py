@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlflow
+import optuna
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -22,7 +23,7 @@ from steps import SWEEP, arguments, artifacts, left_until, runs, toy, wait
 
 from pipeline import models
 from pipeline.spec import UserError
-from sweeps import engine, phases, sweep
+from sweeps import engine, phases, search, sweep
 from sweeps.budget import RESERVE_CPU_SECONDS, Ledger, own_cpu_seconds
 from sweeps.trial import Referee
 
@@ -92,7 +93,18 @@ def sweeps(
 
 
 def test_every_trial_is_a_child_run_and_the_sweep_shows_the_best(sweeps: Sweeps) -> None:
-    sweeps.run(toy(), n_trials=12)
+    copies: list[bool] = []
+    real = optuna.Study.get_trials
+
+    def counted(study: optuna.Study, deepcopy: bool = True, states: Any = None) -> Any:
+        copies.append(deepcopy)
+        return real(study, deepcopy, states)
+
+    with sweeps.patch.context() as patch:
+        patch.setattr(optuna.Study, "get_trials", counted)
+        sweeps.run(toy(), n_trials=12)
+    # Law: a study is not copied for each of its trials: that would cost the square of their number.
+    assert sum(copies) < 12
     parent, trials = sweeps.parent, sweeps.trials
     assert len(trials) == 12
     for trial in trials:
@@ -308,6 +320,12 @@ def test_a_sweep_whose_first_trials_all_fail_stops_with_the_cause(sweeps: Sweeps
     assert {run.info.status for run in sweeps.trials} <= {"FAILED", "KILLED"}
     assert sweeps.parent.info.status == "FAILED"
     assert sweeps.ledger()[-1]["kind"] == "end"
+    # Mended, its study goes on.
+    n_failed = len(sweeps.trials)
+    study = sweeps.parent.data.tags["study"]
+    sweeps.run(toy(), n_trials=n_failed + 1, study=study)
+    assert sweeps.parent.info.status == "FINISHED"
+    assert sweeps.tags("state")[n_failed:] == ["complete"]
 
 
 def test_a_sweep_whose_first_trials_are_all_killed_stops_too(sweeps: Sweeps) -> None:
@@ -352,6 +370,21 @@ def test_a_named_study_goes_on_with_more_budget_in_a_run_of_its_own(sweeps: Swee
     assert second.data.metrics["cpu_seconds"] > first.data.metrics["cpu_seconds"]
     # The run that was there first stays as it was.
     assert sweeps.store.get_run(first.info.run_id).data.metrics == first.data.metrics
+    # A run that a user has deleted is not made anew, as one of a trial that was killed.
+    sweeps.store.delete_run(sweeps.trials[2].info.run_id)
+    # What is refused adds nothing to the budget: the study has another precision by now.
+    with sweeps.patch.context() as patch:
+        patch.setattr(search, "check_precision", _refuse)
+        with pytest.raises(UserError, match="no"):
+            sweeps.run(toy(), n_trials=6, study=name)
+    sweeps.run(toy(), n_trials=6, study=name)
+    assert [int(run.data.tags["trial"]) for run in sweeps.trials] == [0, 1, 3, 4, 5]
+    totals = [record["total"] for record in sweeps.ledger() if record["kind"] == "open"]
+    assert totals[3] - totals[1] == pytest.approx(totals[2] - totals[1], rel=0.2)
+
+
+def _refuse(*given: Any) -> None:
+    raise UserError("no")
 
 
 def test_a_study_that_is_not_of_this_sweep_or_is_being_swept_is_refused(sweeps: Sweeps) -> None:
@@ -365,6 +398,10 @@ def test_a_study_that_is_not_of_this_sweep_or_is_being_swept_is_refused(sweeps: 
     for change, rule in wrong:
         with pytest.raises(UserError, match=rule):
             sweeps.run(toy(), **({"study": study} | change))
+    with sweeps.patch.context() as patch:
+        patch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
+        with pytest.raises(UserError, match="in the experiment where it began, .* and 1 came"):
+            sweeps.run(toy(), study=study)
     path = Path(sweeps.options["data_dir"]) / "studies" / study / "ledger.jsonl"
     with (
         closing(Ledger(path, 0.0, "other", "run")),
