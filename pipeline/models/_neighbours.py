@@ -256,17 +256,22 @@ class Neighbours:
     def price(self, labels: Labels, counts: Sequence[int], weights: Sequence[str]) -> Priced:
         """The best of some counts and weights for queries with ``labels`` (n,).
 
-        All come from the neighbours that were found once, and so cost next to nothing.
+        All come from the neighbours that were found once, and so cost next to nothing. A count of
+        more than there are means all.
         """
+        there = self.labels.shape[1]
+        named = {min(count, there): count for count in sorted(counts, reverse=True)}
         best = Priced(-1.0, 1, weights[0])
         for weight in weights:
             table, rows = np.zeros((len(labels), N_LETTERS)), np.arange(len(labels))
             votes = self._votes(weight)
-            for k in range(1, min(max(counts), self.labels.shape[1]) + 1):
+            for k in range(1, max(named) + 1):
                 table[rows, self.labels[:, k - 1]] += votes[:, k - 1]
-                if k in counts:
+                if k in named:
                     accuracy = float(np.mean(table.argmax(axis=1) == labels))
-                    best = max(best, Priced(accuracy, k, weight), key=lambda one: one.accuracy)
+                    best = max(
+                        best, Priced(accuracy, named[k], weight), key=lambda one: one.accuracy
+                    )
         return best
 
     def _votes(self, weights: str) -> npt.NDArray[np.float64]:

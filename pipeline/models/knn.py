@@ -106,7 +106,7 @@ def fit(params: Params, train: Part, val: Part, seed: int, report: Report) -> Fi
         labels = np.asarray(train.labels)
         embed, vectors = _neighbours.Embedding.fit(params, train.images, labels)
         neighbours = _neighbours.Neighbours(embed(val.images), max(counts))
-        n_steps = 1 if len(embed.axes) else N_STEPS
+        n_steps = 1 if len(embed.axes) else min(N_STEPS, len(labels))
         bounds = np.linspace(0, len(labels), n_steps + 1).astype(int)
         for step in range(1, n_steps + 1):
             tenth = slice(bounds[step - 1], bounds[step])

@@ -82,6 +82,30 @@ def test_the_best_count_and_weights_are_found_for_nothing() -> None:
     assert found.accuracy == accuracies[found.n_neighbors, found.weights]
 
 
+def test_more_neighbours_than_there_are_mean_all() -> None:
+    neighbours, truth = search(26, 60), RNG.integers(0, 26, len(QUERIES)).astype(np.uint8)
+    found = neighbours.price(truth, [50], ["uniform"])
+    assert found.n_neighbors == 50
+    assert found.accuracy == (neighbours.vote(50, "uniform").argmax(axis=1) == truth).mean()
+    # Law: of counts that mean the same the smallest is named.
+    assert neighbours.price(truth, [50, 26, 40], ["uniform"]).n_neighbors == 26
+
+
+@pytest.mark.parametrize("n_letters", [5, 40, 260])
+def test_few_letters_are_a_fit_like_another(n_letters: int) -> None:
+    params = PLAIN | {"n_neighbors": 50, "weights": "uniform", "n_letters": n_letters}
+    images = RNG.integers(0, 256, (300, 28, 28), np.uint8)
+    train = Part(images, (np.arange(300) % 26).astype(np.uint8))
+    val = Part(IMAGES, LABELS[: len(IMAGES)])
+    curve: list[float] = []
+    fitted = knn.fit(params, train, val, 0, lambda step, value: bool(curve.append(value)))
+    assert len(curve) == fitted.n_steps == min(10, n_letters)
+    assert "n_neighbors" not in fitted.found
+    guess = fitted.predict(val.images).argmax(axis=1)
+    assert curve[-1] == (guess == val.labels).mean()
+    assert min(curve) >= 0
+
+
 @pytest.mark.parametrize("shrinkage", [0.01, 0.5])
 def test_discriminants_are_fishers(shrinkage: float) -> None:
     features = VECTORS + np.eye(26, 6, dtype=np.float32)[LABELS]
