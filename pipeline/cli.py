@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -57,6 +58,27 @@ def text(name: str, value: str) -> str:
     """Any text but an empty one."""
     if not value.strip() or value == "''":  # MLflow passes an empty -P value on as ''
         raise UserError(f"{name} must not be empty: pass -P {name}=VALUE, or leave it out")
+    return value
+
+
+def folder(name: str, value: str) -> str:
+    """A folder's path; ``~`` is the user's own, which not every shell says to a step."""
+    try:
+        return str(Path(text(name, value)).expanduser())
+    except RuntimeError as error:
+        raise UserError(
+            f"{name} must name a folder, but {value!r} came, and there is no such user: "
+            f"pass -P {name}=FOLDER"
+        ) from error
+
+
+def digest(name: str, value: str) -> str:
+    """The digest of a data set, or ``latest``."""
+    if value != "latest" and not re.fullmatch(r"[0-9a-f]{12}", value):
+        raise UserError(
+            f"{name} must be 'latest' or the 12 hexadecimal digits of a data set, but {value!r} "
+            f"came: pass -P {name}=DIGEST, the tag 'dataset_digest' of a run, or leave it out"
+        )
     return value
 
 

@@ -15,9 +15,9 @@ from pipeline.findings import Entry
 from pipeline.spec import Dataset, UserError
 
 OPTIONS: dict[str, cli.Convert] = {
-    "dataset_digest": cli.text,
+    "dataset_digest": cli.digest,
     "run_ids": cli.run_ids,
-    "data_dir": cli.text,
+    "data_dir": cli.folder,
 }
 
 
@@ -78,8 +78,12 @@ def _entry(run: tracking.Run, source: RunEntity, data: Dataset, label: str) -> E
 def _evaluation(
     run: tracking.Run, source: RunEntity, data: Dataset
 ) -> tuple[dict[str, float], pd.DataFrame]:
-    """A model's figures and guesses on ``test``; it is evaluated now unless it was before."""
+    """A model's figures and guesses on ``test``; it is evaluated now unless it was before.
+
+    On this processor, that is: latencies are compared.
+    """
     tags = {"model_uri": source.data.tags["model_uri"], "dataset_digest": data.digest}
+    tags |= {"cpu_model": tracking.environment_tags()["cpu_model"]}
     for done in tracking.latest_runs(run.client, "evaluate", **tags):
         predictions = run.read_csv(done.info.run_id, evaluate.PREDICTIONS)
         if predictions is not None:

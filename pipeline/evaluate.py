@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 from pipeline import cli, plots, prep, tracking
 from pipeline.spec import LETTERS, Dataset, Images, Labels, Part, Probabilities, UserError
 
-OPTIONS: dict[str, cli.Convert] = {"run_id": cli.text, "data_dir": cli.text}
+OPTIONS: dict[str, cli.Convert] = {"run_id": cli.text, "data_dir": cli.folder}
 
 Counts = npt.NDArray[np.int64]  # (26, 26), true letters down, guesses across
 N_RESAMPLES = 2000
@@ -33,7 +33,9 @@ def evaluate(run: tracking.Run, source: RunEntity, data: Dataset) -> dict[str, f
     """Log how the model of the run ``source`` does on ``test``; gives the metrics."""
     model_uri = source.data.tags["model_uri"]
     test = data.part("test")
-    probabilities, latency = answer(model_uri, test.images)
+    rule, cure = "a run's model must be there, but", "put its files back, or name another run"
+    with tracking.readable(f"{rule} {model_uri!r}", cure):
+        probabilities, latency = answer(model_uri, test.images)
     counts = confusion_matrix(test.labels, probabilities.argmax(axis=1), labels=range(len(LETTERS)))
     bins = confidence_bins(probabilities, test.labels)
     metrics = {

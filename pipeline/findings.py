@@ -240,7 +240,7 @@ def remarks(entries: Sequence[Entry]) -> list[str]:
     if single:
         said.append(f"Not the winner of a sweep but a single fit: {listed(single)}.")
     for tag, what in (
-        ("cpu_model", "on different processors, so that their CPU-seconds and latencies"),
+        ("cpu_model", "on different processors, so that their CPU-seconds"),
         ("git_commit", "by different versions of the code, so that accuracies and costs"),
     ):
         values = {entry.tags.get(tag, "") for entry in entries}

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlflow
 import numpy as np
-import requests
 from mlflow.models import Model
 
 from pipeline import cli, disk, plots, scan, tracking
@@ -35,28 +33,29 @@ def predict(model: Any, seen: scan.Seen) -> list[Guess]:
 
 def load(uri: str) -> Any:
     """The model at this address, in MLflow's terms; one that is not there is a ``UserError``."""
-    try:
+    rule = f"model must be the address of a logged model, but {uri!r}"
+    cure = "run `mlflow run . -e promote` first, or pass -P model=models:/NAME/VERSION"
+    with tracking.readable(rule, cure):
         if Model.load(uri).signature != tracking.SIGNATURE:
             raise UserError(
                 f"model must take letters as {tracking.SIGNATURE.inputs} and give 26 "
                 f"probabilities, but {uri!r} does not: name a model that this project has logged"
             )
         return tracking.load_model(uri)
-    except (mlflow.MlflowException, OSError, requests.RequestException) as error:
-        raise UserError(
-            f"model must be the address of a logged model, but {uri!r} gave: "
-            f"{str(error).partition(chr(10))[0]}: run `mlflow run . -e promote` first, or pass "
-            "-P model=models:/NAME/VERSION"
-        ) from error
 
 
 def destination(output: str, image: Path) -> Path:
     """Where the picture of what the model saw goes; ``auto`` is beside the image."""
     path = image.with_name(f"{image.stem}-seen.png") if output == "auto" else Path(output)
-    if path.suffix != ".png" or not path.parent.is_dir() or path.is_dir():
+    try:
+        good = path.suffix == ".png" and path.parent.is_dir() and not path.is_dir()
+        good = good and not (path.exists() and path.samefile(image))
+    except OSError:  # a folder that is not ours
+        good = False
+    if not good:
         raise UserError(
-            f"output must name a .png file in a folder that exists, but {output!r} came: "
-            "pass -P output=seen.png, or leave it out"
+            "output must name a .png file in a folder that exists, and not the image itself, but "
+            f"{output!r} came: pass -P output=seen.png, or leave it out"
         )
     return path
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import cli, datasets, disk, registry, tracking
+from pipeline import cli, datasets, disk, nist, registry, tracking
 from pipeline.spec import LETTERS, PARTS, SIDE, Dataset, Letters, Part, Source, Stream, UserError
 
 OPTIONS: dict[str, cli.Convert] = {
     "dataset": cli.text,
     "archive": cli.text,
     "n_train": cli.n_train,
-    "data_dir": cli.text,
+    "data_dir": cli.folder,
 }
 CURE = "pass -P data_dir=FOLDER"
 
@@ -44,8 +44,8 @@ def ensure(dataset: str, archive: str, n_train: int | None, data_dir: str) -> Da
 
 def find(data_dir: str, digest: str) -> Dataset:
     """The prepared data set with this digest."""
-    for path in Path(data_dir).glob(f"*-{digest}/dataset.json"):
-        return Dataset.open(path.parent)
+    for path in _prepared(Path(data_dir), f"*-{digest}"):
+        return Dataset.open(path)
     raise UserError(
         f"the data set with digest {digest} must lie in {data_dir!r}, but it is not there: "
         "run `mlflow run . -e prep` with the parameters of that run"
@@ -57,8 +57,8 @@ def _prepare(
 ) -> tuple[Dataset, bool]:
     source: Source = registry.load(datasets, dataset).source(archive, n_train)
     key = _sha256(_canonical(_key_facts(dataset, n_train, source)))
-    for path in data_dir.glob(f"{dataset}-*/dataset.json"):
-        found = Dataset.open(path.parent)
+    for path in _prepared(data_dir, f"{dataset}-*"):
+        found = Dataset.open(path)
         if found.facts["key"] == key:
             return found, False
     letters = source.read()
@@ -68,13 +68,24 @@ def _prepare(
     return _write(data_dir, dataset, source, key, letters, rows), True
 
 
+def _prepared(data_dir: Path, pattern: str) -> list[Path]:
+    """Folders of prepared data sets."""
+    try:
+        return [path.parent for path in data_dir.glob(f"{pattern}/dataset.json")]
+    except OSError as error:
+        raise UserError(
+            f"data_dir must be a folder that may be read, but {str(data_dir)!r} answered "
+            f"'{error.strerror}': {CURE}"
+        ) from error
+
+
 _Rows = Mapping[str, Mapping[str, datasets.Rows]]
 
 
 def _key_facts(dataset: str, n_train: int | None, source: Source) -> dict[str, Any]:
-    """All that decides the content: the source, the parameters, and the code that reads them."""
-    folder = Path(datasets.__file__).parent
-    code = {path.name: _sha256(path.read_bytes()) for path in sorted(folder.glob("*.py"))}
+    """All that decides the content: the source, the parameters, and the code that makes it."""
+    files = [*Path(datasets.__file__).parent.glob("*.py"), Path(nist.__file__)]
+    code = {path.name: _sha256(path.read_bytes()) for path in sorted(files)}
     return {"dataset": dataset, "n_train": n_train, "source": dict(source.facts), "code": code}
 
 

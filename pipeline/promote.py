@@ -24,7 +24,7 @@ from pipeline.verdict import Hits, Limits
 
 OPTIONS: dict[str, cli.Convert] = {
     "run_id": cli.text,
-    "data_dir": cli.text,
+    "data_dir": cli.folder,
     "max_latency_us": cli.limit,
     "max_model_mb": cli.limit,
     "min_gain": cli.share,
@@ -151,9 +151,14 @@ def _contest(run: tracking.Run, evidence: Evidence, data: Dataset, limits: Limit
     """Read ``gate`` with the challenger, and the champion if there is one, and decide."""
     gate = data.part("gate")
     challenger, holder = evidence["challenger"], evidence["champion"]
-    hits = _measure(challenger, gate)
+    rule = f"the challenger's model must be there, but {challenger['model_uri']!r}"
+    with tracking.readable(rule, "put its files back, or promote another run"):
+        hits = _measure(challenger, gate)
     if holder:
-        against = _measure(holder, gate)
+        rule = f"the champion's model must be there, but version {holder['version']}"
+        cure = f"put its files back, or take the alias {CHAMPION} off it in the MLflow UI"
+        with tracking.readable(rule, cure):
+            against = _measure(holder, gate)
         evidence["test"] = verdict.paired_test(hits, against)
         won, lost = (
             np.bincount(gate.labels[which], minlength=len(LETTERS))

@@ -5,6 +5,7 @@ mlflow run . -e reproduce -P run_id=...
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +20,11 @@ from pipeline import cli, environment, evaluate, tracking
 from pipeline.checkout import checkout, step_of
 from pipeline.spec import LATE_LETTERS, TTA, UserError
 
-OPTIONS: dict[str, cli.Convert] = {"run_id": cli.text, "archive": cli.text, "data_dir": cli.text}
+OPTIONS: dict[str, cli.Convert] = {
+    "run_id": cli.text,
+    "archive": cli.text,
+    "data_dir": cli.folder,
+}
 RECORDED = "recorded"  # the archive that the run was given
 N_ERRORS = 3  # standard errors by which two fits of one kind may differ
 DIRTY = " (the run was made from changed files on top of it: its exact code is unknown)"
@@ -126,9 +131,18 @@ def letters(client: mlflow.MlflowClient, source: RunEntity, archive: str) -> dic
         )
     return {
         "dataset": source.data.tags["dataset"],
-        "archive": params["archive"] if archive == RECORDED else archive,
+        "archive": typed(params["archive"]) if archive == RECORDED else archive,
         "n_train": params.get("n_train", str(_counts(source)["train"])),
     }
+
+
+def typed(value: str) -> str:
+    """A param as it was typed: ``mlflow run`` logs it with the quotes that a shell needs."""
+    try:
+        words = shlex.split(value)
+    except ValueError:
+        return value
+    return words[0] if len(words) == 1 and shlex.quote(words[0]) == value else value
 
 
 def hyperparameters(source: RunEntity) -> dict[str, str]:

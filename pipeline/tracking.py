@@ -558,6 +558,15 @@ def latest_sweeps(client: mlflow.MlflowClient, digest: str) -> dict[str, RunEnti
     return {run.data.tags["model"]: run for run in reversed(runs)}
 
 
+@contextmanager
+def readable(rule: str, cure: str) -> Iterator[None]:
+    """A model that is not to be had is a sentence: ``rule``, with its address, and ``cure``."""
+    try:
+        yield
+    except (mlflow.MlflowException, OSError, requests.RequestException) as error:
+        raise UserError(f"{rule} gave: {str(error).partition(chr(10))[0]}: {cure}") from error
+
+
 def load_model(model_uri: str) -> Any:
     """A logged model as MLflow's pyfunc: letters (n, 28, 28) in, probabilities (n, 26) out."""
     if "keras" in Model.load(model_uri).flavors:

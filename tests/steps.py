@@ -2,9 +2,11 @@
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import mlflow
 from optuna.trial import TrialState
@@ -98,6 +100,18 @@ def runs(store: mlflow.MlflowClient, step: str) -> list[Any]:
 def artifacts(store: mlflow.MlflowClient, run_id: str) -> set[str]:
     """Names of a run's artifacts."""
     return {item.path for item in store.list_artifacts(run_id)}
+
+
+@contextmanager
+def gone(model_uri: str) -> Iterator[None]:
+    """A logged model whose files are not there, as where the project's folder was moved."""
+    model = mlflow.MlflowClient().get_logged_model(model_uri.removeprefix("models:/"))
+    place = Path(unquote(urlsplit(model.artifact_location).path))
+    away = place.rename(place.with_name("away"))
+    try:
+        yield
+    finally:
+        away.rename(place)
 
 
 def wait(condition: Callable[[], bool], seconds: float) -> bool:

@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -36,6 +37,10 @@ SPACE = {
         (cli.limit, "2.5", 2.5),
         (cli.share, "0", 0.0),
         (cli.share, "0.01", 0.01),
+        (cli.folder, "data", "data"),
+        (cli.folder, "~/data", str(Path.home() / "data")),
+        (cli.digest, "latest", "latest"),
+        (cli.digest, "0977015cf123", "0977015cf123"),
         (cli.run_ids, "latest", []),
         (cli.run_ids, "0a1b", ["0a1b"]),
         (cli.run_ids, "0a1b, 2c3d", ["0a1b", "2c3d"]),
@@ -70,6 +75,10 @@ def test_good_values_are_converted(convert: cli.Convert, text: str, value: Any) 
         (cli.run_ids, "0a1b,0a1b"),
         (cli.run_ids, "0a1b;2c3d"),
         (cli.run_ids, "0a1b,latest"),
+        (cli.folder, "''"),
+        (cli.folder, "~nosuchuser/data"),
+        (cli.digest, "0977015cf12"),
+        (cli.digest, "a'b"),
     ],
 )
 def test_bad_values_are_one_sentence_with_name_and_value(convert: cli.Convert, text: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 from pages import Reader
 from PIL import Image
-from steps import SWEEP, arguments, artifacts, left_until, runs, toy
+from steps import SWEEP, arguments, artifacts, gone, left_until, runs, toy
 from stores import N_TRAIN, members, open_store
 
 from pipeline import compare, evaluate, models, prep, report
@@ -313,6 +313,32 @@ def test_a_run_without_a_model_is_a_sentence(
     with pytest.raises(UserError, match="run_id must name a run of the tracking store"):
         evaluate.main(arguments(options | {"run_id": "0123"}))
     assert store.search_runs(["0"], "attributes.status = 'RUNNING'") == []
+
+
+def test_a_model_whose_files_are_gone_is_a_sentence(
+    swept: mlflow.MlflowClient, data_dir: Path
+) -> None:
+    knn, _ = runs(swept, "sweep")
+    with gone(knn.data.tags["model_uri"]):
+        with pytest.raises(UserError, match=r"^a run's model must be there, but 'models:/") as e:
+            _evaluate(data_dir, knn.info.run_id)
+    assert len(str(e.value).splitlines()) == 1
+    assert [run.info.status for run in runs(swept, "evaluate")] == ["FAILED"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_model_is_evaluated_once_on_each_processor(
+    swept: mlflow.MlflowClient, data_dir: Path
+) -> None:
+    knn, _ = runs(swept, "sweep")
+    _evaluate(data_dir, knn.info.run_id)
+    (elsewhere,) = runs(swept, "evaluate")
+    swept.set_tag(elsewhere.info.run_id, "cpu_model", "another")
+    # Law: what is compared was measured on one processor.
+    for _ in range(2):
+        _compare(data_dir, run_ids=knn.info.run_id)
+        assert len(runs(swept, "evaluate")) == 2
+    assert "different processors" not in _report(swept)
 
 
 def test_evaluate_before_any_model_names_the_cure(store: mlflow.MlflowClient) -> None:

@@ -93,6 +93,16 @@ def test_a_bad_output(output: str, store: mlflow.MlflowClient, image: Path) -> N
     assert runs(store, "predict") == []
 
 
+def test_the_image_itself_is_not_written_over(store: mlflow.MlflowClient, image: Path) -> None:
+    before = image.read_bytes()
+    image.with_name("link.png").symlink_to(image)
+    for name in ("letter.png", "link.png"):
+        with pytest.raises(UserError, match="and not the image itself, but"):
+            predict.main(arguments({"image": image, **OPTIONS, "output": image.with_name(name)}))
+    assert image.read_bytes() == before
+    assert runs(store, "predict") == []
+
+
 @pytest.mark.parametrize("model", ["models:/letters@champion", "models:/x/9", "nowhere", "runs:/1"])
 def test_a_model_that_is_not_there(model: str, store: mlflow.MlflowClient, image: Path) -> None:
     with pytest.raises(UserError, match=r"^model must be the address of a logged model, but ") as e:

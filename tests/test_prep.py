@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,8 @@ import pytest
 from archives import idx, member, write_archive
 from steps import arguments
 
-from pipeline import datasets, disk, prep, registry
-from pipeline.datasets import emnist_letters
+from pipeline import datasets, disk, nist, prep, registry
+from pipeline.datasets import emnist_letters, strokes
 from pipeline.spec import PARTS, Dataset, Letters, Part, UserError
 
 ROOT = Path(__file__).parent.parent
@@ -248,6 +249,23 @@ def test_other_parameters_other_letters_or_other_code_are_prepared_anew(
     assert (again.digest, again.facts["key"]) == (first.digest, first.facts["key"])
 
 
+def test_the_code_that_draws_letters_is_part_of_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = strokes.source("default", 260)
+    assert source.facts["pillow_version"]
+    before = prep._key_facts("strokes", 260, source)
+    # Law: whatever of the project a data set imports is in it.
+    for path in Path(datasets.__file__).parent.glob("*.py"):
+        names = re.findall(r"^from pipeline import (.*)$", path.read_text(), re.MULTILINE)
+        used = {f"{name}.py" for line in names for name in line.split(", ")}
+        assert used <= before["code"].keys()
+    changed = tmp_path / "nist.py"
+    changed.write_text(Path(nist.__file__).read_text() + "# changed\n")
+    monkeypatch.setattr(nist, "__file__", str(changed))
+    assert prep._key_facts("strokes", 260, source) != before
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
 def test_a_failed_write_leaves_nothing(
     code: int, archive: Path, data_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -297,6 +315,21 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="prep must be able to write to its folder"):
         prep.prepare(**data_options | {"archive": str(archive), "data_dir": tmp_path / "file/data"})
+
+
+def test_a_folder_that_may_not_be_read_is_a_sentence(
+    archive: Path, data_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, pattern: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")  # root may read anything
+
+    options = data_options | {"archive": str(archive), "data_dir": "there"}
+    monkeypatch.setattr(Path, "glob", refuse)
+    rule = "data_dir must be a folder that may be read, but 'there' answered 'Permission denied'"
+    with pytest.raises(UserError, match=rule):
+        prep._prepared(Path("there"), "*")
+    with pytest.raises(UserError, match=rule):
+        prep.find(str(options["data_dir"]), "0123456789ab")
 
 
 def test_find_names_the_cure(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from mlflow.exceptions import ExecutionException, MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from scipy.stats import binomtest
 from servers import Server
-from steps import SWEEP, arguments, artifacts, runs
+from steps import SWEEP, arguments, artifacts, gone, runs
 from stores import CODE, N_TRAIN, open_store
 
 from pipeline import champion, promote, tracking, verdict
@@ -500,6 +500,19 @@ def test_numbers_are_kept_where_the_first_promotion_was_deleted(
     step(run_id=_id(store, "bad"))
     store.delete_run(runs(store, "promote")[0].info.run_id)
     step(run_id=_id(store, "good"))
+    assert _alias(store, "champion") == "good"
+
+
+def test_a_champion_whose_files_are_gone_is_a_sentence(
+    store: mlflow.MlflowClient, step: Promote
+) -> None:
+    step()
+    champion = store.get_model_version_by_alias("letters", "champion")
+    with gone(champion.tags["model_uri"]):
+        with pytest.raises(UserError, match="champion's model must be there, but version 1 gave"):
+            step(run_id=_id(store, "bad"))
+    # Law: the run is closed, and nothing has moved.
+    assert [run.info.status for run in runs(store, "promote")] == ["FINISHED", "FAILED"]
     assert _alias(store, "champion") == "good"
 
 

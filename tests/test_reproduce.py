@@ -1,6 +1,7 @@
 """``reproduce``: runs whose code lies in a git repository of the tests' own."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -256,6 +257,12 @@ def test_a_sweep_means_its_best_trial_and_a_trial_has_its_sweeps_archive(desk: D
     data = reproduce.letters(desk.store, desk.store.get_run(bare.info.run_id), "mine.zip")
     assert data["archive"] == "mine.zip"
     desk.store.set_terminated(bare.info.run_id)
+
+
+@pytest.mark.parametrize("name", ["my letters.zip", "it's.zip", "~/x.zip", "a.zip?download=1", "x"])
+def test_an_archive_is_recorded_as_a_shell_was_given_it(name: str) -> None:
+    assert reproduce.typed(shlex.quote(name)) == name  # by `mlflow run`
+    assert reproduce.typed(name) == name
 
 
 def test_a_run_without_an_archive_needs_one(desk: Desk) -> None:

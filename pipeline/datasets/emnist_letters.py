@@ -70,10 +70,14 @@ def _locate(archive: str) -> tuple[Path, str]:
         return _fetch(_URLS), "gzip.zip"
     if archive.lower().startswith(("http://", "https://")):
         return _fetch((archive,)), Path(unquote(urlsplit(archive).path)).name
-    path = Path(archive).expanduser()
-    if not path.is_file():
+    try:
+        path = Path(archive).expanduser()
+        why = "" if path.is_file() else f"there is no file {path}"
+    except (OSError, RuntimeError) as error:  # a folder that is not ours; no such user
+        why = f"{archive} gave '{getattr(error, 'strerror', None) or error}'"
+    if why:
         raise UserError(
-            f"archive must be 'default', a file or an http(s) URL, and there is no file {path}: "
+            f"archive must be 'default', a file or an http(s) URL, and {why}: "
             "pass archive=PATH of a copy of EMNIST's gzip.zip, or use dataset=strokes"
         )
     return path, path.name

@@ -83,6 +83,7 @@ def source(archive: str, n_train: int | None) -> Source:
             "n_test": n_test,
             "seed": _SEED,
             "hershey_fonts_version": importlib.metadata.version("Hershey-Fonts"),
+            "pillow_version": importlib.metadata.version("pillow"),
         },
         read=partial(_read, n_train + n_val, n_test),
     )

@@ -103,6 +103,8 @@ def test_real_handwriting() -> None:
 def test_missing_file(tmp_path: Path) -> None:
     refuse(tmp_path / "none.zip", "there is no file", "none.zip", "dataset=strokes")
     refuse(tmp_path, "there is no file", "archive=PATH")
+    refuse(Path("~nosuchuser/gzip.zip"), "~nosuchuser", "archive=PATH")
+    refuse(tmp_path / ("a" * 300), "File name too long", "archive=PATH")
 
 
 @pytest.mark.parametrize("n_kept", [0, 10, 20_000, -10])
