@@ -7,7 +7,9 @@ from pathlib import Path
 import mlflow
 import pytest
 from archives import write_archive
+from matplotlib.figure import Figure
 from servers import Server
+from steps import blank
 from stores import N_TRAIN, AddMember, members, open_store
 
 from benchmarks import services
@@ -19,10 +21,18 @@ os.environ["PYTHONPATH"] = str(Path(__file__).parent)
 DEAR = (
     "test_crash.py",
     "test_sweep.py",
-    "test_mlproject.py",
     "test_cluster.py",
+    "test_networks.py",
+    "test_mlproject.py",
+    "test_serve.py",
     "test_server.py",
+    "test_benchmarks.py",
+    "test_compare.py",
+    "test_promote.py",
     "test_reproduce.py",
+    "test_contract.py",
+    "test_phases.py",
+    "test_load.py",
 )
 
 
@@ -108,6 +118,12 @@ def data_options(archive: Path, tmp_path: Path) -> dict[str, object]:
         "n_train": N_TRAIN,
         "data_dir": tmp_path / "data",
     }
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All figures are saved blank: to draw them takes most of a small sweep's last CPU-seconds."""
+    monkeypatch.setattr(Figure, "savefig", blank)
 
 
 @pytest.fixture

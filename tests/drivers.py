@@ -80,12 +80,14 @@ def _drive(words: list[str], environment: dict[str, str], folder: str, said: str
 def step() -> None:
     """The step ``sweep`` in this process, which has the toy model, and a driver's environment."""
     import toys
-    from steps import left_until
+    from matplotlib.figure import Figure
+    from steps import blank, left_until
 
     from pipeline import cli
     from sweeps import engine, sweep
 
     engine.Engine.left = left_until(int(os.environ["N_TRIALS"]))  # type: ignore[method-assign]
+    Figure.savefig = blank  # type: ignore[method-assign]
     if moment := os.environ.get("DIE_AFTER"):
         toys.die_after(moment, n_calls=3)
     cli.run(sweep.main)

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import mlflow
+from matplotlib.figure import Figure
 from optuna.trial import TrialState
 
 from sweeps.engine import Engine
@@ -84,6 +85,14 @@ def left_until(n_trials: int, overdraft: float = 0.0) -> Callable[[Engine], floa
         return LEFT(engine) if n_begun < n_trials else -overdraft
 
     return left
+
+
+SAVE = Figure.savefig
+
+
+def blank(drawn: Figure, *given: Any, **named: Any) -> None:
+    """A ``Figure.savefig`` that saves an empty figure."""
+    SAVE(Figure(), *given, **named)
 
 
 def arguments(options: dict[str, object]) -> list[str]:

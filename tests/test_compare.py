@@ -11,13 +11,12 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
 from pages import Reader
 from PIL import Image
 from steps import SWEEP, arguments, artifacts, gone, left_until, runs, toy
 from stores import N_TRAIN, members, open_store
 
-from pipeline import compare, evaluate, models, prep, report
+from pipeline import compare, evaluate, models, prep, registry, report
 from pipeline.spec import LETTERS, Dataset, UserError
 from sweeps import sweep
 from sweeps.budget import own_cpu_seconds
@@ -39,6 +38,9 @@ def store_with_sweeps(
             options = SWEEP | {"model": model, "cpu_minutes": minutes}
             with pytest.MonkeyPatch.context() as bound:
                 bound.setattr(Engine, "left", left_until(8))
+                member = registry.load(models, "knn")
+                bound.setattr(member, "PRIORS", [])  # kernels, of thousands of features each
+                bound.setattr(member, "FIXED", member.FIXED | {"kernel_components": 0})
                 sweep.main(arguments(data | options | {"data_dir": folder / "data"}))
         yield folder
 
@@ -49,15 +51,6 @@ def swept(
 ) -> mlflow.MlflowClient:
     """A client of a copy of that store, which this test alone uses."""
     return open_store(store_with_sweeps / "mlflow.db", tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All figures are saved blank: to draw them takes most of the CPU time of a comparison."""
-    real = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda drawn, *given, **named: real(Figure(), *given, **named)
-    )
 
 
 @pytest.fixture
@@ -231,8 +224,10 @@ def test_data_sets_of_different_digests_are_never_mixed(
     assert "pass run_ids of one digest" in str(error.value)
     assert [run.info.status for run in runs(swept, "compare")] == ["FAILED"]
     assert artifacts(swept, runs(swept, "compare")[0].info.run_id) == {"traceback.txt"}
-    with pytest.raises(UserError, match="dataset_digest must be that of the runs, but 'elsewhere'"):
-        _compare(data_dir, run_ids=knn.info.run_id, dataset_digest="elsewhere")
+    with pytest.raises(
+        UserError, match="dataset_digest must be that of the runs, but '0123456789ab'"
+    ):
+        _compare(data_dir, run_ids=knn.info.run_id, dataset_digest="0123456789ab")
     # Who is not there for that reason is named.
     _compare(data_dir, dataset_digest=digest)
     said = f"Not here: TOY, which was swept on other letters than {digest}."

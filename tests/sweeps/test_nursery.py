@@ -1,9 +1,8 @@
 """The kernel stops a trial whose nursery does not look, and none that is within its grant."""
 
 import os
-import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,10 @@ from sweeps import processes
 from sweeps.nursery import Message, Nursery
 
 
-def body(spec: Message, call: Callable[[Message], Message]) -> Message:
-    """The life of this module's trials."""
-    while spec["spins"]:
-        pass
-    return {"limits": resource.getrlimit(resource.RLIMIT_CPU)}
-
-
 @pytest.fixture
 def nursery(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nursery]:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-    nursery = Nursery(f"{__name__}:body", [])
+    nursery = Nursery("spinning:body", [])
     yield nursery
     nursery.close()
 

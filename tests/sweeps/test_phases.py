@@ -57,10 +57,21 @@ GROWTH = Growth(n_train=400, n_short=100, looks=50.0)  # a whole epoch costs 3 o
 EXTRA = 2.0  # CPU-seconds of a trial beside its steps
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A study's notes are brought to the disk one by one; no power is cut here."""
+@pytest.fixture
+def journal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Studies lie on disk, as those of sweeps do: for a test that opens one again.
+
+    Their notes are not waited for, since no power is cut here.
+    """
     monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+@pytest.fixture(autouse=True)
+def in_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other studies are in memory: the disk takes most of the time."""
+    if "journal" not in request.fixturenames:
+        storage = optuna.storages.InMemoryStorage()
+        monkeypatch.setattr(search, "open_storage", lambda name, folder: storage)
 
 
 def step(params: Params) -> float:
@@ -394,6 +405,7 @@ def test_later_racers_search_what_a_step_does_not_tell(
     assert len(set(dropouts[2:])) == len(dropouts[2:]) > 2
 
 
+@pytest.mark.usefixtures("journal")
 @pytest.mark.parametrize("model", [MODEL, AT_ONCE], ids=["steps", "at once"])
 def test_what_has_died_with_its_driver_is_tried_once_more(
     model: ModuleType, tmp_path: Path
@@ -423,6 +435,7 @@ def test_what_has_died_with_its_driver_is_tried_once_more(
     assert proposal.trial.user_attrs[RETRY_OF] == new.trial.number
 
 
+@pytest.mark.usefixtures("journal")
 def test_a_driver_that_dies_anywhere_is_followed_by_one_that_goes_on(tmp_path: Path) -> None:
     for name in ("whole", "torn"):
         (tmp_path / name).mkdir()
@@ -540,6 +553,7 @@ def test_what_is_too_dear_for_a_step_is_worse_than_what_fails(tmp_path: Path) ->
     assert states == [TrialState.PRUNED, TrialState.FAIL]
 
 
+@pytest.mark.usefixtures("journal")
 def test_the_race_waits_for_the_screen_and_confirming_for_the_race(tmp_path: Path) -> None:
     driver = Driver(tmp_path, 3600)
     while (last := driver.ask()) and last.phase == "screen":
@@ -564,6 +578,7 @@ def test_the_race_waits_for_the_screen_and_confirming_for_the_race(tmp_path: Pat
     assert {one.phase for one in others if one} == {"race"}
 
 
+@pytest.mark.usefixtures("journal")
 def test_more_budget_for_a_study_screens_and_races_again(tmp_path: Path) -> None:
     driver = Driver(tmp_path, 300)
     driver.run()
@@ -578,6 +593,7 @@ def test_more_budget_for_a_study_screens_and_races_again(tmp_path: Path) -> None
     assert sum(params["width"] == 2 and params["rate"] == 0.1 for params in screened) == 1
 
 
+@pytest.mark.usefixtures("journal")
 @pytest.mark.parametrize(("before", "after"), [(300, 375), (1200, 1400), (300, 2400)])
 def test_a_continued_study_screens_its_share_and_keeps_the_best_that_it_has(
     tmp_path: Path, before: float, after: float
@@ -611,6 +627,7 @@ def test_a_continued_study_screens_its_share_and_keeps_the_best_that_it_has(
         assert all(2 * one <= other for one, other in itertools.pairwise(places))
 
 
+@pytest.mark.usefixtures("journal")
 def test_what_failed_in_a_race_does_not_race_again_for_longer(tmp_path: Path) -> None:
     first = Driver(tmp_path, 120)
     first.run(first.first_racer_fails)
