@@ -115,9 +115,9 @@ def site(
 
 @pytest.fixture
 def names(site: Site, request: pytest.FixtureRequest) -> Iterator[list[str]]:
-    """Two workers, ended with the test."""
+    """Two workers, ended with the test; of these a test may want fewer to run when it begins."""
     found = [f"{request.node.name}-{i}" for i in range(2)]
-    for name in found:
+    for name in found[: getattr(request, "param", 2)]:
         site.workers.add(name)
     yield found
     site.hold.unlink(missing_ok=True)
@@ -152,10 +152,10 @@ def test_a_worker_may_know_the_server_by_another_name(site: Site, names: list[st
     assert not any("logged-models" in one for one in seen if one.startswith("POST"))
 
 
+@pytest.mark.parametrize("names", [1], indirect=True)  # and none until its nanny starts another
 def test_a_killed_worker_s_trial_is_billed_and_tried_once_more(
     site: Site, names: list[str]
 ) -> None:
-    site.workers.remove(names[1])  # so that there is none until the nanny has started another
     start_up = processes.cpu_seconds(site.workers.process(names[0]))
     site.hold.touch()
     driver = site.type(n_trials=8)
@@ -196,8 +196,8 @@ def test_a_killed_worker_s_trial_is_billed_and_tried_once_more(
     assert files == {f"letters/{name}.npy" for name in shared.ARRAYS}
 
 
+@pytest.mark.parametrize("names", [1], indirect=True)
 def test_a_worker_that_comes_late_has_trials(site: Site, names: list[str]) -> None:
-    site.workers.remove(names[1])
     site.hold.touch()
     driver = site.type(n_trials=6)
     site.held(names[0])
@@ -255,9 +255,8 @@ def test_a_driver_that_dies_leaves_no_trial_and_its_sweep_is_continued(
     assert parent.data.metrics["cpu_seconds"] > site.workers.cpu_seconds() - before
 
 
+@pytest.mark.parametrize("names", [0], indirect=True)
 def test_a_worker_with_other_code_is_refused(site: Site, names: list[str], tmp_path: Path) -> None:
-    for name in names:
-        site.workers.remove(name)
     for package in ("pipeline", "sweeps"):
         shutil.copytree(ROOT / package, tmp_path / package)
     with (tmp_path / "sweeps" / "trial.py").open("a") as file:
