@@ -137,12 +137,16 @@ def _check_memory(params: Params, n_letters: int) -> None:
     from pipeline.models import _neighbours
 
     n_features = _neighbours.Embedding(params, np.empty((0, 0), np.float32)).n_features()
-    needed, available = 4 * n_letters * n_features, _memory.available()
+    available = _memory.available()
+    # LDA holds three matrices of these at once, in float64.
+    beside = 24 * n_features**2 if params["lda_shrinkage"] else 0
+    needed = 4 * n_letters * n_features + beside
     if needed > available:
+        fits = int(0.8 * (available - beside) / (4 * n_features))
+        cure = f"-P n_train={fits}{_fewer(params)}" if fits > 0 else "fewer -P kernel_components"
         raise TooLarge(
             f"knn needs {needed / 1e9:,.1f} GB for {n_features} features of each of {n_letters:,} "
-            f"letters, and this machine has {available / 1e9:,.1f} GB free: pass -P n_train="
-            f"{int(0.8 * n_letters * available / needed)}{_fewer(params)}"
+            f"letters, and this machine has {available / 1e9:,.1f} GB free: pass {cure}"
         )
 
 
