@@ -38,7 +38,7 @@ GRANTS = (4.0, 6.0, 3.0)  # CPU-seconds to time the defaults, the first prior, e
 LEAST_GRANT = 3.0  # for which a first look at 2 % of the letters can be had
 MAX_TIMED = 8  # sets of hyperparameters
 MAX_STEPS = 3  # of one fit: those that come later cost as much
-FIRST_SHARE = 0.02  # of the letters, for a first look at what a step costs
+FIRST_SHARE, FIRST_LETTERS = 0.02, 800  # of the letters, for a first look at what a step costs
 CLOCK_SECONDS = 0.001  # what the process's clock can tell
 WRITING_CPU_SECONDS = 0.3  # a trial's run in MLflow, beside its model
 
@@ -72,7 +72,8 @@ def body(spec: Message, call: Callable[[Message], Message]) -> Message:
     """Time the first steps of a fit on as many letters as the grant pays for. Runs in a fork."""
     METER.restart()
     data = Dataset.open(Path(spec["root"]))
-    share, limit = FIRST_SHARE, 0.9 * spec["cpu_seconds"]
+    n_letters = len(data.part("train").labels)
+    share, limit = min(FIRST_SHARE, FIRST_LETTERS / n_letters), 0.9 * spec["cpu_seconds"]
     seen: list[tuple[float, float]] = []  # shares of the letters, and what a first step took
     while True:
         began = METER.seconds()
@@ -155,23 +156,25 @@ def plan(task: Task, cpu_seconds: float, prepared: float) -> str:
     start = began + imported
     grant, left = GRANT_SHARE * cpu_seconds, cpu_seconds - start - RESERVE_CPU_SECONDS
     baseline = timed[0]
-    if baseline.n_affordable(min(grant, left)) == 0:
-        least = max(baseline.cost(1) / GRANT_SHARE, baseline.cost(1) + cpu_seconds - left)
+    member = registry.load(models, task.model)
+    grown = growth(member, task.data)
+    screened = screens(member, grown)
+    first = baseline.extra + baseline.step / (grown.cost if screened else 1.0)
+    if first > min(grant, left):
+        least = max(first / GRANT_SHARE, first + cpu_seconds - left)
         raise UserError(
             f"cpu_minutes must pay for start-up and a first step, but {cpu_seconds / 60:g} came, "
-            f"and these take {start:.0f} and {baseline.cost(1):.0f} CPU-s: raise cpu_minutes above "
+            f"and these take {start:.0f} and {first:.0f} CPU-s: raise cpu_minutes above "
             f"{1.1 * least / 60:.2g}"
         )
     rows: list[list[object]] = [
         ["start-up and closing", "", "", f"{start + RESERVE_CPU_SECONDS:.0f}"]
     ]
-    member = registry.load(models, task.model)
     # A prior races unless the screen shows what promises much less error.
     racer = timed.get(1) if hasattr(member, "PRIORS") else None
-    grown = growth(member, task.data)
     if hasattr(member, "STEPS"):
         rows += phased([*timed.values()], racer, cpu_seconds, left, grown, margin(member))
-    elif screens(member, grown):
+    elif screened:
         rows += searched([*timed.values()], racer, cpu_seconds, left, grown)
     else:
         rows += _halved([*timed.values()], grant, left)
@@ -202,6 +205,9 @@ def phased(
     n_screened = max(1, math.ceil(min(left, SCREEN_SHARE * cpu_seconds) / mean(costs)))
     left -= n_screened * mean(costs)
     good = racer or sorted(timed, key=lambda one: one.later)[len(timed) // 2]
+    # A whole fit's last look at val may be dearer than the others.
+    last = growth.last / (growth.n_train + growth.looks) * good.later
+    good = good._replace(extra=good.extra + last)
     # How many race is known when the screen has shown how close to each other the best ones are.
     plans = [
         shares(max(left, 0.0), good.later, good.extra, good.n_steps, n_rivals)
@@ -285,6 +291,8 @@ def _time(task: Task, prepared: float) -> tuple[dict[int, Timed], int, float]:
         whole = search.whole(member)
         for number, proposed in enumerate(proposals):
             params = proposed | whole
+            if hasattr(member, "STEPS"):  # a long fit, of which the first steps are timed
+                params[member.STEPS] = max_steps(member)
             spent = own_cpu_seconds() - prepared + nursery.cpu_seconds()
             room = PLAN_CPU_SECONDS - CLOSING_CPU_SECONDS - spent
             grant = min(GRANTS[min(number, 2)], room)
@@ -306,8 +314,7 @@ def _time(task: Task, prepared: float) -> tuple[dict[int, Timed], int, float]:
                 )
             # One look at 2 % of the letters tells little where much is the same for any number.
             if "step" in end and not (end.pop("rough") and number > 1):
-                n_steps = max_steps(member) if hasattr(member, "STEPS") else end["n_steps"]
-                timed[number] = Timed(**end)._replace(n_steps=n_steps)
+                timed[number] = Timed(**end)
             elif number == 0:
                 break  # the defaults are the measure of all others
             else:

@@ -204,7 +204,6 @@ def fit(
     trained and that answer here: with the same weights and answers, in layers that cost less.
     Forgets the process's earlier networks, and seeds every generator.
     """
-    train = train.some(params["n_letters"])
     with ExitStack() as tracing:
         tracing.enter_context(charge("tracing"))  # until the first batch is through
         keras.utils.clear_session()
@@ -216,7 +215,7 @@ def fit(
             net = build_here(params)
         finally:
             keras.config.set_dtype_policy("float32")
-        n_batches = math.ceil(len(train.labels) / params["batch_size"])
+        n_batches = math.ceil(_n_seen(train, params) / params["batch_size"])
         net.compile(
             optimizer=_optimizer(params, n_batches * params["epochs"]),
             loss=keras.losses.CategoricalCrossentropy(label_smoothing=params["label_smoothing"]),
@@ -256,7 +255,7 @@ def _optimizer(params: Params, n_batches: int) -> keras.optimizers.Optimizer:
     if params["schedule"] == "cosine":
         warm_up = max(1, round(WARM_UP * n_batches))
         cosine = keras.optimizers.schedules.CosineDecay(
-            rate / 10, n_batches - warm_up, warmup_target=rate, warmup_steps=warm_up
+            rate / 10, max(1, n_batches - warm_up), warmup_target=rate, warmup_steps=warm_up
         )
         rate = _Schedule(cosine)
     average = params["average"]
@@ -269,12 +268,23 @@ def _optimizer(params: Params, n_batches: int) -> keras.optimizers.Optimizer:
     )
 
 
+def _n_seen(train: Part, params: Params) -> int:
+    """How many letters an epoch is of."""
+    n_letters = len(train.labels)
+    return min(params["n_letters"] or n_letters, n_letters)
+
+
 def _batches(train: Part, params: Params, seed: int) -> tf.data.Dataset:
-    """Endless batches of letters, each epoch in another order, distorted anew each time."""
+    """Endless batches of letters, each epoch in another order, distorted anew each time.
+
+    Where they are not all they are those that ``Part.some`` takes, but no copy of these.
+    """
+    n_seen = _n_seen(train, params)
     # A short fit does not overfit: it learns more from letters as they are.
     strength = params["augment"] * min(1.0, params["epochs"] / WHOLE_EPOCHS)
 
     def read(rows: npt.NDArray[np.int64]) -> Part:
+        rows = rows * len(train.labels) // n_seen
         return Part(train.images[rows], train.labels[rows])
 
     @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
@@ -287,7 +297,7 @@ def _batches(train: Part, params: Params, seed: int) -> tf.data.Dataset:
             letters = _distort.distort(letters, strength, key)
         return letters, tf.one_hot(labels, len(LETTERS))
 
-    rows = _rows(len(train.labels), params["batch_size"], seed)
+    rows = _rows(n_seen, params["batch_size"], seed)
     keys = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).batch(2)
     options = tf.data.Options()
     options.threading.private_threadpool_size = 1

@@ -97,6 +97,11 @@ def test_distorted_letters_stay_letters() -> None:
     assert 0.6 < ratio.min() < 1 < ratio.max() < 1.6
 
 
+def test_a_fit_of_one_batch_has_a_rate() -> None:
+    optimizer = _keras._optimizer(params_of("cnn", {"schedule": "cosine"}), 1)
+    assert 0 < float(optimizer._learning_rate(0)) <= 1e-3
+
+
 def test_a_rate_rises_and_falls_to_nothing() -> None:
     params = params_of("cnn", {"learning_rate": 0.01, "schedule": "cosine"})
     rates = [float(_keras._optimizer(params, 200)._learning_rate(step)) for step in range(201)]
@@ -120,6 +125,18 @@ def test_an_epoch_has_each_letter_once_and_in_another_order() -> None:
     assert (epochs[0] != epochs[1]).any()
     for epoch in epochs:
         assert sorted(map(bytes, epoch)) == sorted(map(bytes, IMAGES))
+
+
+def test_some_letters_are_those_that_a_part_takes() -> None:
+    params = params_of("cnn", {"batch_size": 32, "n_letters": 40})
+    found = iter(_keras._batches(LETTERS, params, seed=5))
+    seen = [next(found) for _ in range(4)]
+    images, labels = LETTERS.some(40)
+    for first, second in (seen[:2], seen[2:]):  # two epochs
+        letters = np.concatenate([first[0], second[0]])
+        assert sorted(map(bytes, letters)) == sorted(map(bytes, images))
+        counts = first[1].numpy().sum(axis=0) + second[1].numpy().sum(axis=0)
+        np.testing.assert_array_equal(counts, np.bincount(labels, minlength=26))
 
 
 @pytest.mark.parametrize("n_drawn", [59, 60])
@@ -155,14 +172,16 @@ def anonymous_mb() -> float:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what memory is a process's own")
-def test_letters_on_disk_are_not_copied_into_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_seen", [0, 399_999])
+def test_letters_on_disk_are_not_copied_into_memory(n_seen: int, tmp_path: Path) -> None:
     n_letters = 400_000  # 314 MB of pixels in a file with holes, which takes no room
     images = np.lib.format.open_memmap(tmp_path / "images.npy", "w+", np.uint8, (n_letters, 28, 28))
     del images
     part = Part(np.load(tmp_path / "images.npy", mmap_mode="r"), np.zeros(n_letters, np.uint8))
     list(_keras._batches(LETTERS, params_of("cnn", {}), 0).take(1))  # what TensorFlow itself takes
     before = anonymous_mb()
-    found = iter(_keras._batches(part, params_of("cnn", {"batch_size": 32}), seed=0))
+    params = params_of("cnn", {"batch_size": 32, "n_letters": n_seen})
+    found = iter(_keras._batches(part, params, seed=0))
     assert [next(found)[0].shape[0] for _ in range(20)] == [32] * 20
     assert anonymous_mb() - before < 60
 

@@ -4,12 +4,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
 import pytest
 from steps import SWEEP, arguments, runs
 
+from pipeline.models import lstm
+from pipeline.spec import UserError
+from sweeps import plan as plans
+from sweeps.engine import Task
 from sweeps.phases import Growth
 from sweeps.plan import PLAN_CPU_SECONDS, Timed, on_all, phased, searched
 
@@ -81,6 +86,67 @@ def test_a_plan_of_fits_without_a_length_has_a_screen_and_the_best_of_it_on_all_
     assert race == ["race", "about 1", "all letters", "21"]
     # Law: without one that is known to race they cost what those timed do: 31 and 21.
     assert searched(timed, None, 300.0, 285.0, growth)[1][3] == "26"
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deck's model takes 16 CPU-seconds a step on all letters, 2 beside its steps."""
+    costs = {0: Timed(2.0, 16.0, 16.0, 40)}
+    monkeypatch.setattr(plans, "_time", lambda task, prepared: (costs, 0, 5.0))
+    monkeypatch.setattr(plans, "own_cpu_seconds", lambda: 5.0)
+    monkeypatch.setattr(plans, "growth", lambda member, data: Growth(40_000, 10_000, 1953.0))
+
+
+@pytest.mark.usefixtures("timed")
+def test_a_plan_begins_with_a_short_fit_where_the_sweep_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data: Any = SimpleNamespace(title="letters")
+    # A step takes 16 CPU-seconds, and no trial may have more than 15; a short fit takes 7.
+    text = plans.plan(Task("cnn", data, 0, 1, False), 60.0, 0.0)
+    assert "| screen, the deck's model first | about 3 " in text
+    with pytest.raises(UserError, match="these take 10 and 7 CPU-s: raise cpu_minutes above"):
+        plans.plan(Task("cnn", data, 0, 1, False), 20.0, 0.0)
+
+
+def test_a_plan_times_the_first_steps_of_a_long_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Idle:
+        imported = 0.0
+
+        def __init__(self, body: str, preload: list[str]) -> None: ...
+
+        def cpu_seconds(self) -> float:
+            return 0.0
+
+        def start(self, number: int, spec: dict[str, Any], grant: float) -> None:
+            asked.append(spec["params"])
+
+        def events(self, timeout: float) -> list[dict[str, Any]]:
+            return [{"end": TIMED._asdict() | {"rough": False}}]
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(plans, "Nursery", Idle)
+    monkeypatch.setattr(plans, "own_cpu_seconds", lambda: 5.0)
+    timed, n_too_dear, _ = plans._time(
+        Task("lstm", SimpleNamespace(root="data"), 0, 1, False, "float32"), 0.0
+    )
+    # Law: as a sweep's do, its steps look at val once; the last look, at five copies, is not timed.
+    longest = lstm.PARAMS["epochs"].distribution.high
+    assert [params["epochs"] for params in asked] == len(asked) * [longest]
+    assert asked[1].items() >= {"tta": 5, "n_letters": 0}.items()
+    assert (len(timed), n_too_dear) == (len(asked), 0)
+
+
+def test_a_last_look_that_is_dearer_is_planned_for() -> None:
+    timed = Timed(extra=2.0, step=8.0, later=7.0, n_steps=48)
+    alone, dearer = (
+        phased([timed], timed, 300.0, 282.0, Growth(40, 10, 1.0, last), 1.0) for last in (0, 41 * 9)
+    )
+    # Nine steps' worth of it: 63 CPU-seconds.
+    assert (alone[1][2], dearer[1][2]) == ("about 14 to 28", "about 5 to 19")
 
 
 def plan(options: dict[str, Any], cpu_minutes: float) -> tuple[int, str, float]:
