@@ -1,4 +1,4 @@
-"""What bfloat16 saves and what it costs: the networks' first priors, fitted in both precisions.
+"""What bfloat16 saves and what it costs: a prior of each network, fitted in both precisions.
 
     python -m benchmarks.bfloat16 --archive letters-emnist-layout.zip
 
@@ -7,6 +7,7 @@ Accuracy is that on ``val`` of the network that would be logged, which answers i
 """
 
 import argparse
+import importlib
 import itertools
 import os
 from pathlib import Path
@@ -28,6 +29,8 @@ def fitted(model: str, chosen: str, seed: int, data: Dataset) -> dict[str, objec
     prior, epochs = FITS[model]
     params = member.PRIORS[prior] | {"epochs": epochs} | precision.params(chosen, member.PARAMS)
     values: list[float] = []
+    for name in member.PRELOAD:
+        importlib.import_module(name)
     METER.restart()
     with METER.charge("fit"):
         train, val = data.part("train"), data.part("val")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline import quiet
+from pipeline.bill import charge
 from pipeline.spec import Param, Params, UserError
 
 AUTO = "auto"
@@ -72,8 +73,9 @@ def gain() -> float:
 
     Takes 0.1 CPU-seconds beside the import of TensorFlow, and runs operations in this process.
     """
-    quiet.import_keras()  # which sets threads, and must come first
-    import tensorflow as tf
+    with charge("import"):
+        quiet.import_keras()  # which sets threads, and must come first
+        import tensorflow as tf
 
     seconds = {}
     for dtype in (tf.float32, tf.bfloat16):

@@ -3,6 +3,7 @@
 mlflow run . -e train -P model=cnn -P learning_rate=0.002
 """
 
+import importlib
 import resource
 import sys
 import time
@@ -51,8 +52,12 @@ def train(
     with charge("data"):
         train_part, val = data.part("train"), data.part("val")
         example = one_of_each(train_part)
+    member = registry.load(models, model)
+    with charge("import"):  # in a sweep that is done
+        for name in getattr(member, "PRELOAD", ()):
+            importlib.import_module(name)
     with charge("fit"):
-        fitted = registry.load(models, model).fit(params, train_part, val, seed, note)
+        fitted = member.fit(params, train_part, val, seed, note)
     if not curve:
         raise RuntimeError(f"the model {model} must report at least one step, but reported none")
     last = max(curve)
