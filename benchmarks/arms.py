@@ -351,6 +351,7 @@ def ours(part: str, model: str, root: Path, seed: int, budget: float, whole: boo
         member.FIXED = member.FIXED | {"n_letters": 0}
         del member.SCREEN
     if part == "without_phases":  # TPE and median pruning
+        member.LATE = ()
         if hasattr(member, "STEPS"):
             member.FIXED["epochs"] = EPOCHS
             del member.STEPS

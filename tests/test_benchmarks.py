@@ -304,7 +304,7 @@ def test_our_sweep_without_one_of_its_parts(
 ) -> None:
     member, halving = registry.load(models, model), search.Halving
     priors, short = search.known(member)[1:], search.short_fit(member)
-    for name in ("SCREEN", "STEPS", "FIXED"):
+    for name in ("SCREEN", "STEPS", "FIXED", "LATE"):
         if hasattr(member, name):
             monkeypatch.setattr(member, name, getattr(member, name))
     monkeypatch.setattr(phases, "SCREEN_SHARE", phases.SCREEN_SHARE)
@@ -322,6 +322,9 @@ def test_our_sweep_without_one_of_its_parts(
         n_short = search.short_fit(member).get("n_letters") or 40_000
         assert not phases.screens(member, phases.Growth(40_000, n_short, 0.0))
         assert member.FIXED["n_letters"] == 0
+    # Law: without phases nothing that a short fit tells nothing about is a prior's.
+    late = set(cnn.LATE) if (part, model) == ("without_screen", "cnn") else set()
+    assert search.screened(member, 9).keys() & set(cnn.LATE) == late
     # Law: what stops a fit is the other tuners' rule without phases, else ours.
     assert (search.Halving is halving) == (part == "without_screen")
 
