@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -53,6 +54,7 @@ if TYPE_CHECKING:  # trials write runs too, and draw nothing
 
 STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")  # what MLflow writes to
 BUSY = (429, 500, 502, 503, 504)  # what a server answers that may do better soon
+LONGEST_NAME = 250  # characters of a run's name; a database may refuse more
 PATIENCE = 5  # times that it is asked again, after 0, 2, 4, 8 and 16 seconds
 ATTEMPTS = 5  # to log a model with a server that breaks down
 CPUINFO = Path("/proc/cpuinfo")
@@ -111,6 +113,8 @@ class Run:
 
     @charge("tracking")
     def name(self, name: str) -> None:
+        if len(name) > LONGEST_NAME:
+            name = f"{name[: LONGEST_NAME - 1]}…"
         _again(self.client.update_run, self.id, name=name)
 
     def describe(self, markdown: str) -> None:
@@ -413,7 +417,9 @@ def _check(uri: str) -> None:
     except ValueError as error:
         raise UserError(f"{rule}, but what came is none ({error}): {cure}") from None
     query = [name.lower() for name in parse_qs(place.query)]
-    if place.password or any("password" in name for name in query):
+    # One with a / in it is no password to urllib, but is shown all the same.
+    hidden = place.scheme != "sqlite" and re.match(r"[^:]+://[^@/]*:[^@]*@", uri)
+    if place.password or hidden or any("password" in name for name in query):
         raise UserError(
             "MLFLOW_TRACKING_URI must hold no password, but one came in it: take it out, and pass "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, PGPASSFILE for a "
@@ -497,7 +503,7 @@ def environment_tags() -> dict[str, str]:
         "git_commit": _git("rev-parse", "HEAD") or "none",
         "git_dirty": str(bool(_git("status", "--porcelain"))).lower(),
         "versions": f"python={platform.python_version()} {versions}",
-        "cpu_model": _cpu_model(),
+        "cpu_model": cpu_model(),
         "threads": "1",
         "precision": "float32",
     }
@@ -644,7 +650,7 @@ def _git(*arguments: str) -> str:
         return ""
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     """The processor's name, and numbers that tell it from others of that name.
 
     A virtual machine may call all of a maker's by one name, such as AMD EPYC.

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,11 +172,13 @@ class Cluster:
         """Who came and who went; a worker that comes is asked for its versions first."""
         if time.monotonic() - self.looked > LOOK_SECONDS:
             self.looked = time.monotonic()
-            try:
-                workers = self.client.scheduler_info()["workers"]
-            except (OSError, TimeoutError) as error:
-                raise ConnectionError("the Dask scheduler is gone") from error
-            self.threads = {name: worker["nthreads"] for name, worker in workers.items()}
+            if self.client.scheduler is None:  # which it was sought for ten seconds
+                raise ConnectionError("the Dask scheduler is gone")
+            # ``scheduler_info`` gives what the client keeps, which names no worker now and then.
+            ask_scheduler = self.client.scheduler.identity
+            with suppress(OSError):  # it is being sought
+                workers = self.client.sync(ask_scheduler, n_workers=-1)["workers"]
+                self.threads = {name: worker["nthreads"] for name, worker in workers.items()}
             self.good &= set(self.threads)
             self.refused = {w: why for w, why in self.refused.items() if w in self.threads}
             for worker in set(self.threads) - self.good - set(self.refused) - set(self.checks):

@@ -345,7 +345,8 @@ class Engine:
         if traceback := end.get("traceback"):
             run.text("traceback.txt", traceback)
         costs = {"peak_rss_mb": event["peak_rss_mb"]} | end.get("costs", {})
-        self._close(run, outcome, referee.curve, costs, event.get("worker"))
+        where = {"worker": event.get("worker"), "cpu_model": end.get("cpu_model")}
+        self._close(run, outcome, referee.curve, costs, where)
         # Best and bill so far, by trial: the last values are the sweep's own.
         progress = {"val_accuracy": best(self.outcomes)} | metrics(outcome.spent)
         self.run.metrics(progress, len(self.outcomes) - 1)
@@ -361,11 +362,11 @@ class Engine:
         outcome: Outcome,
         curve: Sequence[tracking.Point],
         costs: Mapping[str, float],
-        worker: str | None = None,
+        where: Mapping[str, str | None] | None = None,
     ) -> None:
-        """Log how a trial ended, and close its run; ``worker`` is where it ran, in a cluster."""
+        """Log how a trial ended, and close its run; ``where`` it ran has tags, in a cluster."""
         texts = {
-            "worker": worker,
+            **(where or {}),
             "state": outcome.state,
             "failure": outcome.failure,
             "error": outcome.error,

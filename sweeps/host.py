@@ -24,7 +24,17 @@ SILENCE_SECONDS = 10.0
 IDLE_SECONDS = 120.0  # after which a nursery without a trial gives its memory back
 BEAT_SECONDS = 0.5
 # Where they differ a trial's figures do, or its model does not load.
-PACKAGES = ("distributed", "keras", "mlflow", "numpy", "optuna", "scikit-learn", "scipy")
+PACKAGES = (
+    "distributed",
+    "keras",
+    "mlflow",
+    "numpy",
+    "optuna",
+    "scikit-learn",
+    "scipy",
+    "tensorflow",
+    "tensorflow-cpu",  # another build of the same
+)
 
 _inboxes: dict[str, "queue.SimpleQueue[Message]"] = {}  # of the attempts that this worker hosts
 _heard: dict[str, float] = {}  # sweep: when its driver was heard last
@@ -48,7 +58,7 @@ def facts() -> dict[str, str]:
     found = {"Python": ".".join(platform.python_version_tuple()[:2])}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+            found[name.removesuffix("-cpu")] = importlib.metadata.version(name)
     code = hashlib.sha256()
     for package in ("pipeline", "sweeps"):
         folder = Path(__file__).parents[1] / package

@@ -92,7 +92,10 @@ def finish(engine: Engine, fits: Sequence[Outcome]) -> None:
     best = fits[0]
     run.params(proposed[best.number] | found(best.found))
     run.link_model(str(best.model_uri))
-    run.tags({"best_run_id": best.run_id})
+    tags = {"best_run_id": best.run_id}
+    if engine.task.scheduler != LOCAL:  # the driver's processor is not that of the fits
+        tags["cpu_model"] = run.client.get_run(best.run_id).data.tags["cpu_model"]
+    run.tags(tags)
     run.csv("trials.csv", trials.join(params))
     run.figure("optimisation_history.png", plots.best_so_far(trials, title))
     run.figure("bill.png", plots.bill([outcome.spent for outcome in outcomes], title))

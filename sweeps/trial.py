@@ -130,7 +130,8 @@ def body(spec: Message, call: Callable[[Message], Message]) -> Message:
         with charge("data"):
             data = Dataset.open(Path(spec["root"]))
     trained = train(run, spec["model"], spec["params"], data, spec["seed"], report)
-    return trained._asdict() | {"bill": METER.seconds()}
+    end = trained._asdict() | {"bill": METER.seconds()}
+    return end | ({"cpu_model": tracking.cpu_model()} if "letters" in spec else {})
 
 
 def death(event: Message) -> str:

@@ -130,6 +130,8 @@ def test_a_wrong_password_is_a_sentence(
         "https://letters:hunter2@mlflow.example",
         "postgresql+psycopg2://letters:hunter2@127.0.0.1/mlflow",
         "postgresql+psycopg2://letters@127.0.0.1/mlflow?password=hunter2",
+        "postgresql+psycopg2://letters:/hunter2@127.0.0.1/mlflow",
+        "http://me:#hunter2@127.0.0.1:5000",
     ],
 )
 def test_a_password_in_the_address_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

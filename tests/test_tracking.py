@@ -55,7 +55,7 @@ def test_processors_of_one_name_are_told_apart(
 ) -> None:
     monkeypatch.setattr(tracking, "CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text(cpuinfo)
-    assert tracking._cpu_model() == told
+    assert tracking.cpu_model() == told
 
 
 def test_two_runs_may_be_the_first_of_a_data_set_at_once(
@@ -301,6 +301,13 @@ def test_a_table_is_read_as_it_was_logged(store: mlflow.MlflowClient) -> None:
 def test_an_unknown_run_id_is_a_sentence(store: mlflow.MlflowClient) -> None:
     with pytest.raises(UserError, match="run_id must name a run"):
         tracking.get_run(store, "0123")
+
+
+def test_a_name_that_a_database_may_refuse_is_shortened(store: mlflow.MlflowClient) -> None:
+    with tracking.start("compare") as run:
+        run.name("KNN 98.0% · " * 40)
+    name = store.get_run(run.id).info.run_name
+    assert (len(name), name[:11], name[-1]) == (250, "KNN 98.0% ·", "…")
 
 
 def test_requirements_are_exact_and_name_what_is_installed() -> None:

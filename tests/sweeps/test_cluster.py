@@ -12,8 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -22,7 +23,7 @@ from servers import Server, faulty
 from steps import SWEEP, alive, arguments, runs, toy, wait
 from stores import N_TRAIN, ROOT, members, open_store
 
-from pipeline import models, prep, shared
+from pipeline import models, prep, shared, tracking
 from pipeline.spec import UserError
 from sweeps import cluster, host, processes, sweep
 from sweeps.budget import Ledger
@@ -184,6 +185,10 @@ def test_a_killed_worker_s_trial_is_billed_and_tried_once_more(
     # Every trial has one grant and one debit, whatever became of its worker.
     for kind in ("grant", "debit"):
         assert sorted(record["trial"] for record in site.ledger(parent, kind)) == list(trials)
+    # What a trial ran on is its worker's to say.
+    here = tracking.cpu_model()
+    assert {run.data.tags["cpu_model"] for run in trials.values()} == {here}
+    assert parent.data.tags["cpu_model"] == here
     # The worker, and the one that the nanny has started anew.
     assert len({run.data.tags["worker"] for run in trials.values()}) == 2
     # The kernel's account of driver and workers, and the ledger's, which begins where a worker,
@@ -282,6 +287,47 @@ def test_a_cluster_without_workers_or_at_a_wrong_address_is_refused(
         cluster.Cluster("tcp://127.0.0.1:9", "toys:body", [])
     with pytest.raises(UserError, match="a plan is timed on this machine"):
         sweep.main(site.options("knn", plan="true"))
+
+
+def test_who_is_there_is_what_the_scheduler_says_now() -> None:
+    answers: list[Any] = [
+        {"workers": {"a": {"nthreads": 2}}},
+        OSError("reconnecting"),
+        {"workers": {}},
+    ]
+
+    def sync(function: str, n_workers: int) -> Any:
+        assert (function, n_workers) == ("identity", -1)
+        if isinstance(answer := answers.pop(0), OSError):
+            raise answer
+        return answer
+
+    driver: Any = SimpleNamespace(threads={}, good={"a"}, refused={}, checks={}, looked=0.0)
+    driver.client = SimpleNamespace(scheduler=SimpleNamespace(identity="identity"), sync=sync)
+    seen = []
+    for _ in range(3):
+        driver.looked = -cluster.LOOK_SECONDS
+        cluster.Cluster._look(driver)
+        seen.append(driver.threads)
+    # Law: while the scheduler is sought nobody is dead.
+    assert seen == [{"a": 2}, {"a": 2}, {}]
+    driver.client.scheduler, driver.looked = None, -cluster.LOOK_SECONDS
+    with pytest.raises(ConnectionError, match="the Dask scheduler is gone"):
+        cluster.Cluster._look(driver)
+
+
+@pytest.mark.parametrize("name", ["tensorflow-cpu", "keras"])
+def test_a_worker_with_another_package_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = name.removesuffix("-cpu")
+    assert host.facts()[package]
+    theirs = host.facts() | {package: "9.9"}
+    ask: Future[Any] = Future()
+    ask.set_result({"w": theirs})
+    driver: Any = SimpleNamespace(good=set(), refused={})
+    cluster.Cluster._judge(driver, "w", ask)
+    assert f"has {package} 9.9 where the driver has {host.facts()[package]}" in driver.refused["w"]
 
 
 def test_the_option_scheduler_is_checked() -> None:
