@@ -113,5 +113,7 @@ def _check_letters(letters: Any) -> None:
 
 def _shape(pixels: Any) -> str:
     """The shape of what came; numpy sees lists where their lengths differ."""
+    if pixels.ndim > 4:
+        return f"lists {pixels.ndim} deep"
     ragged = any(isinstance(pixel, list) for pixel in pixels.flat)
     return f"{pixels.shape}{' lists of unequal lengths' if ragged else ''}"

@@ -69,11 +69,13 @@ def pixel(value: Any) -> dict[str, Any]:
 
 
 # What is wrong: the request, the status, and words of the sentence that answers it.
+NESTED = functools.reduce(lambda inner, _: [inner], range(40), 0)
 BAD: dict[str, tuple[Any, int, str]] = {
     "27 rows": ({"inputs": [LETTER[:27]]}, 400, "(1, 27, 28) came"),
     "flat": ({"inputs": [[0] * 784]}, 400, "(1, 784) came"),
     "one letter bare": ({"inputs": LETTER}, 400, "(28, 28) came"),
     "ragged": ({"inputs": [[*LETTER[1:], [0]]]}, 400, "lists of unequal lengths"),
+    "nested": ({"inputs": NESTED}, 400, "lists 40 deep came"),
     "text": (pixel("7"), 400, 'but "7" came'),
     "fraction": (pixel(0.5), 400, "but 0.5 came"),
     "negative": (pixel(-1), 400, "but -1 came"),
