@@ -139,21 +139,27 @@ def history(client: mlflow.MlflowClient) -> list[dict[str, Any]]:
     ]
     told = {row["decision_run_id"] for row in rows}
     begun = (_run(client, run_id) for run_id in _turns(_keeper(client)).values())
-    rows += [_cut_short(run) for run in begun if run and run.info.run_id not in told]
+    rows += [_row_of(run) for run in begun if run and run.info.run_id not in told]
     return sorted(rows, key=lambda row: str(row["decided_at"]))
 
 
-def _cut_short(run: RunEntity) -> dict[str, Any]:
-    """The history's row of a run that began to move the champion and has not recorded it."""
+def _row_of(run: RunEntity) -> dict[str, Any]:
+    """The history's row of a run that began to move the champion and has not recorded it.
+
+    Or whose record is gone, with the version that a user has deleted: the run has it too.
+    """
+    tags = run.data.tags
     began = datetime.fromtimestamp(run.info.start_time / 1000, UTC)
     return {
-        "decision": "cut short",
-        "reason": f"the run is {run.info.status}: see which version is {CHAMPION} now",
-        "decided_at": f"{began:%Y-%m-%dT%H:%M:%S.%f}Z",
-        "decided_by": run.data.tags.get("decided_by", "unknown"),
+        "decision": tags.get("decision", "cut short"),
+        "reason": tags.get(
+            "reason", f"the run is {run.info.status}: see which version is {CHAMPION} now"
+        ),
+        "decided_at": tags.get("decided_at", f"{began:%Y-%m-%dT%H:%M:%S.%f}Z"),
+        "decided_by": tags.get("decided_by", "unknown"),
         "decision_run_id": run.info.run_id,
-        "version": "",
-        "model": run.data.tags.get("model", "unknown"),
+        "version": tags.get("model_version", ""),
+        "model": tags.get("model", "unknown"),
         "champion_version": "",
     }
 

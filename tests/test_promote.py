@@ -503,6 +503,22 @@ def test_numbers_are_kept_where_the_first_promotion_was_deleted(
     assert _alias(store, "champion") == "good"
 
 
+def test_a_decision_outlives_the_version_that_a_user_deletes(
+    store: mlflow.MlflowClient, step: Promote
+) -> None:
+    for name in ("bad", "good"):
+        step(run_id=_id(store, name))
+    before = champion.history(store)
+    store.delete_registered_model_alias("letters", "champion")
+    store.delete_model_version("letters", "2")
+    after = champion.history(store)
+    assert [row["decision"] for row in after] == ["promoted", "promoted"]
+    kept = ("decision", "reason", "decided_at", "decided_by", "decision_run_id", "version", "model")
+    for name in kept:
+        assert after[1][name] == before[1][name], name
+    assert verdict.table(after)
+
+
 def test_a_champion_whose_files_are_gone_is_a_sentence(
     store: mlflow.MlflowClient, step: Promote
 ) -> None:

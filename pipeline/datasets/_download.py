@@ -110,6 +110,8 @@ def _fill(copy: "_Copy", members: Callable[[str], bool]) -> None:
             raise zipfile.BadZipFile("a member before its beginning")
         stops = dict(zip(starts, [*starts[1:], end], strict=True))
         spans = {i: (i.header_offset, stops[i.header_offset]) for i in infos if members(i.filename)}
+        if not spans:  # it is not kept: the next one at this address may be the right one
+            raise FetchError("it is a zip archive without the letters")
         gaps = [gap for span in spans.values() for gap in copy.missing(*span)]
         for info in spans:
             check_size(info.filename, info.file_size)

@@ -109,7 +109,8 @@ def _member(path: Path, member: str) -> Iterator[IO[bytes]]:
             if member not in archive.namelist():
                 raise UserError(
                     f"the archive must be in EMNIST's layout, and {path} has no member {member}: "
-                    "pass archive=PATH or URL of gzip.zip as NIST packs it"
+                    "pass archive=PATH or URL of gzip.zip as NIST packs it, or delete that file "
+                    "if it is a cached download"
                 )
             check_size(f"{member} of {path}", archive.getinfo(member).file_size)
             with archive.open(member) as file:

@@ -222,7 +222,22 @@ def test_spoilt_directory(
     except (FetchError, UserError) as error:
         n, said = 0, str(error)
     # Law: whatever a directory says, there is a file, or a sentence that blames the archive.
-    assert (n == len(content) and seed) or re.search("no whole zip|must not exceed", said)
+    sentences = "no whole zip|must not exceed|without the letters"
+    assert (n == len(content) and seed) or re.search(sentences, said)
+
+
+def test_a_zip_without_the_letters_is_not_kept(
+    archive: Path, server: "FileServer", cache: Path, tmp_path: Path
+) -> None:
+    letters = server.content
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as other:
+        other.writestr("readme.txt", "x" * 5000)
+    server.content, server.etag = (tmp_path / "other.zip").read_bytes(), '"2"'
+    with pytest.raises(FetchError, match="it is a zip archive without the letters"):
+        fetch(server.url, cache, WANTED.__contains__)
+    # Law: where the right one comes to the same address it is fetched.
+    server.content, server.etag = letters, '"3"'
+    assert same(fetch(server.url, cache, WANTED.__contains__), archive)
 
 
 def test_unavailable_twice(archive: Path, server: "FileServer", cache: Path) -> None:
