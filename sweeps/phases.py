@@ -273,11 +273,10 @@ class Phases:
         return None
 
     def _seeds(self, winner: Outcome) -> set[int]:
-        """The seeds under which a trial of the race was tried, its own too."""
-        own = self.study.get_trials(deepcopy=False)[winner.number]
-        again = self._tried("confirm", every_round=True)
-        same = [trial for trial in again if trial.params == own.params]
-        return {int(trial.user_attrs["seed"]) for trial in (own, *same)}
+        """The seeds under which what a trial of the race has was tried, its own too."""
+        params = self._params(winner.number)
+        tried = self._tried("race", every_round=True) + self._tried("confirm", every_round=True)
+        return {int(trial.user_attrs["seed"]) for trial in tried if trial.params == params}
 
     def _length(self, screened: Outcome, grant: float) -> Length:
         """The whole fit that a grant pays for, of what was screened.
@@ -365,11 +364,13 @@ class Phases:
             return None
         else:  # others may race beside it
             grant = min(grant, ROOM * sum(self._costs(one)))
-        fixed = self._params(one.number) | whole
+        fixed, late = self._params(one.number) | whole, getattr(self.member, "LATE", ())
         if len(self._tried("race")) >= N_SAFE or n_races(one):
-            for name in getattr(self.member, "LATE", ()):
+            for name in late:
                 del fixed[name]
-        return self._propose(fixed, "race", self.seed, grant, {SCREENED: one.number})
+        # Where nothing is left to be searched the same would be the same fit.
+        seed = self.seed if late else (self.seed + n_races(one)) % 2**32
+        return self._propose(fixed, "race", seed, grant, {SCREENED: one.number})
 
     def _propose(
         self,
@@ -471,8 +472,8 @@ class Phases:
         if winner is None:
             return []
         params = self._params(winner.number)
-        confirming = self._begun("confirm", every_round=True)
-        numbers = {one.number for one in confirming if one.params == params}
+        begun = self._begun("race", every_round=True) + self._begun("confirm", every_round=True)
+        numbers = {one.number for one in begun if one.params == params} - {winner.number}
         again = [one for one in self.outcomes if one.number in numbers and one.model_uri]
         return [winner, *again]
 
