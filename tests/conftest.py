@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import unsynced  # noqa: F401
 from archives import write_archive
 from matplotlib.figure import Figure
 from servers import Server

@@ -4,5 +4,7 @@ garbage that is not there, and a suite starts hundreds."""
 import atexit
 import gc
 
+import unsynced  # noqa: F401
+
 gc.set_threshold(50_000, 10, 10)
 atexit.register(gc.freeze)

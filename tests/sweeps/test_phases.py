@@ -1,7 +1,6 @@
 """Screen, race and confirm, with fits that cost and score what a formula says."""
 
 import itertools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -58,12 +57,8 @@ EXTRA = 2.0  # CPU-seconds of a trial beside its steps
 
 
 @pytest.fixture
-def journal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Studies lie on disk, as those of sweeps do: for a test that opens one again.
-
-    Their notes are not waited for, since no power is cut here.
-    """
-    monkeypatch.setattr(os, "fsync", lambda file: None)
+def journal() -> None:
+    """Studies lie on disk, as those of sweeps do: for a test that opens one again."""
 
 
 @pytest.fixture(autouse=True)
