@@ -418,7 +418,7 @@ def _check(uri: str) -> None:
         raise UserError(f"{rule}, but what came is none ({error}): {cure}") from None
     query = [name.lower() for name in parse_qs(place.query)]
     # One with a / in it is no password to urllib, but is shown all the same.
-    hidden = place.scheme != "sqlite" and re.match(r"[^:]+://[^@/]*:[^@]*@", uri)
+    hidden = place.scheme != "sqlite" and re.match(r"[^:]+://[^@/]*:(?!\d+/)[^@]*@", uri)
     if place.password or hidden or any("password" in name for name in query):
         raise UserError(
             "MLFLOW_TRACKING_URI must hold no password, but one came in it: take it out, and pass "
@@ -570,6 +570,8 @@ def readable(rule: str, cure: str) -> Iterator[None]:
     try:
         yield
     except (mlflow.MlflowException, OSError, requests.RequestException) as error:
+        if disk.is_full(error):  # which every step says in its own way
+            raise
         raise UserError(f"{rule} gave: {str(error).partition(chr(10))[0]}: {cure}") from error
 
 

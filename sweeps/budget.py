@@ -161,7 +161,9 @@ def _lock(file: TextIO, path: Path) -> None:
 
 def _read(text: str) -> tuple[float, Bill, Opening | None]:
     """Budget and spending of the drivers before this one, and the last of them."""
-    total, opening = 0.0, None
+    total = 0.0
+    opening: Opening | None = None
+    before: Opening | None = None
     past: Bill = {}
     own: Bill = {}
     open_grants: dict[int, float] = {}
@@ -176,7 +178,7 @@ def _read(text: str) -> tuple[float, Bill, Opening | None]:
             past = added(past, own, _unpaid(open_grants, beats, unseen))
             total, own, open_grants, beats = record["total"], {}, {}, {}
             unseen = record.get("unseen", UNSEEN_CPU_SECONDS)
-            opening = Opening(record["key"], record["run_id"])
+            before, opening = opening, Opening(record["key"], record["run_id"])
         elif record["kind"] == "grant":
             open_grants[record["trial"]] = record["cpu_seconds"]
         elif record["kind"] == "debit":
@@ -185,8 +187,9 @@ def _read(text: str) -> tuple[float, Bill, Opening | None]:
         else:
             own = record["own"]
             beats |= {int(trial): spent for trial, spent in record.get("trials", {}).items()}
-            total = record.get("total", total)
-            if record["kind"] == "end" and opening:
+            if "total" in record:  # it was refused: as if it had not been
+                total, opening = record["total"], before
+            elif record["kind"] == "end" and opening:
                 opening = opening._replace(ended=True)
             elif record["kind"] == "searched" and opening:
                 opening = opening._replace(searched=True)

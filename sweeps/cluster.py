@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,8 +46,14 @@ class _Attempt:
 class Cluster:
     """The driver's handle on a cluster; as ``Nursery``, whose calls it has."""
 
-    def __init__(self, address: str, body: str, preload: Sequence[str]) -> None:
-        """Connect, and wait for a worker that fits.
+    def __init__(
+        self,
+        address: str,
+        body: str,
+        preload: Sequence[str],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Connect, and wait for a worker that fits; no longer where ``stop`` says so.
 
         Raises:
             UserError: no scheduler answers, or no worker has the versions that are here.
@@ -65,7 +71,7 @@ class Cluster:
         self.refused: dict[str, str] = {}
         self.looked = 0.0
         self.heard: queue.SimpleQueue[tuple[float, Message]] = queue.SimpleQueue()
-        self.address = address
+        self.address, self.stop = address, stop
         self.client = _connect(address)
         # A worker that hangs keeps a thread waiting, and must not keep the driver.
         self.senders = ThreadPoolExecutor(max_workers=32)
@@ -156,7 +162,7 @@ class Cluster:
 
     def _gather(self) -> None:
         until = time.monotonic() + GATHER_SECONDS
-        while not self.good:
+        while not self.good and not self.stop():
             self._look()
             if self.refused and len(self.refused) == len(self.threads):
                 raise UserError(next(iter(self.refused.values())))

@@ -191,7 +191,8 @@ class Engine:
                 if self.price() > left:
                     return
                 self.nursery = self._open()
-            if len(self.live) >= (self.task.workers or self.nursery.capacity()):
+            room = self.nursery.capacity()  # which may be waited for
+            if self.interrupted or len(self.live) >= (self.task.workers or room):
                 return
             if self.phases is None:
                 self.phases = self._phases()
@@ -206,7 +207,8 @@ class Engine:
         """Where trials run: a nursery of this process, or a cluster."""
         if self.task.scheduler == LOCAL:
             return Nursery("sweeps.trial:body", preload(self.member))
-        return Cluster(self.task.scheduler, "sweeps.trial:body", preload(self.member))
+        modules = preload(self.member)
+        return Cluster(self.task.scheduler, "sweeps.trial:body", modules, lambda: self.interrupted)
 
     def _phases(self) -> Phases:
         """The phases of this sweep, whose fits all have one precision."""

@@ -262,19 +262,18 @@ class Phases:
             return None
         winner = self.winner()
         if winner and plan.n_confirming and left >= MARGIN * winner.cpu_seconds:
-            params, seeds = self._params(winner.number), self._seeds(winner)
+            params = self._params(winner.number)
+            seeds = self._seeds(params)
             if len(seeds) <= N_CONFIRMING:
-                others = (seed % 2**32 for seed in itertools.count(self.seed + 1))
-                seed = next(seed for seed in others if seed not in seeds)
+                seed = self._new_seed(self.seed + 1, seeds)
                 return self._propose(params, "confirm", seed, grant)
         # What racers have left that were stopped pays for one more.
         if not self._tried("confirm") and left >= SPARE * plan.cpu_seconds:
             return self._race(screened, left)
         return None
 
-    def _seeds(self, winner: Outcome) -> set[int]:
-        """The seeds under which what a trial of the race has was tried, its own too."""
-        params = self._params(winner.number)
+    def _seeds(self, params: Params) -> set[int]:
+        """The seeds under which whole fits of these hyperparameters were tried."""
         tried = self._tried("race", every_round=True) + self._tried("confirm", every_round=True)
         return {int(trial.user_attrs["seed"]) for trial in tried if trial.params == params}
 
@@ -364,13 +363,17 @@ class Phases:
             return None
         else:  # others may race beside it
             grant = min(grant, ROOM * sum(self._costs(one)))
-        fixed, late = self._params(one.number) | whole, getattr(self.member, "LATE", ())
+        fixed = self._params(one.number) | whole
         if len(self._tried("race")) >= N_SAFE or n_races(one):
-            for name in late:
+            for name in getattr(self.member, "LATE", ()):
                 del fixed[name]
         # Where nothing is left to be searched the same would be the same fit.
-        seed = self.seed if late else (self.seed + n_races(one)) % 2**32
+        seed = self._new_seed(self.seed, self._seeds(fixed))
         return self._propose(fixed, "race", seed, grant, {SCREENED: one.number})
+
+    def _new_seed(self, first: int, tried: set[int]) -> int:
+        """The first seed from ``first`` on that was not tried."""
+        return next(seed % 2**32 for seed in itertools.count(first) if seed % 2**32 not in tried)
 
     def _propose(
         self,
@@ -406,7 +409,7 @@ class Phases:
         """
         trials = self.study.get_trials(deepcopy=False)
         done = {one.number for one in self.outcomes if not one.lost}
-        again = {trial.user_attrs.get(RETRY_OF) for trial in trials}
+        again = {t.user_attrs.get(RETRY_OF) for t in trials if "phase" in t.user_attrs}
         return [
             trial
             for trial in trials

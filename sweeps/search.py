@@ -14,7 +14,7 @@ from pipeline import precision
 from pipeline.bill import charge
 from pipeline.spec import Param, Params, UserError
 from sweeps.storage import keep_place, open_storage
-from sweeps.trial import Outcome
+from sweeps.trial import RETRY_OF, Outcome
 
 _OUTCOME = "outcome"  # user attribute of a trial
 REDUCTION_FACTOR = 3  # of the trials at a rung one in so many goes on
@@ -320,14 +320,15 @@ def expected_steps(n_steps: int) -> float:
 def importances(study: optuna.Study, n_known: int) -> dict[str, float]:
     """Importance of each searched hyperparameter by PED-ANOVA (Watanabe et al. 2023); sum 1.
 
-    Of the trials that were proposed, which come after the first ``n_known``, and as long as all of
-    them are fits of one kind: those of a race are longer. Empty where fewer than two values are
-    there to explain.
+    Of the trials that were proposed, which come after the first ``n_known`` and are none of these
+    once more, and as long as all of them are fits of one kind: those of a race are longer. Empty
+    where fewer than two values are there to explain.
     """
     proposed = [
         trial
         for trial in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
         if trial.number >= n_known
+        and RETRY_OF not in trial.user_attrs
         and trial.user_attrs.get("phase", "search") in ("screen", "search")
     ]
     if len({trial.value for trial in proposed}) < 2:

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -301,6 +302,26 @@ def test_a_table_is_read_as_it_was_logged(store: mlflow.MlflowClient) -> None:
 def test_an_unknown_run_id_is_a_sentence(store: mlflow.MlflowClient) -> None:
     with pytest.raises(UserError, match="run_id must name a run"):
         tracking.get_run(store, "0123")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://127.0.0.1:5000/@mlflow",
+        "postgresql+psycopg2://letters@10.0.0.5:5432/mlflow?application_name=me@here",
+        "sqlite:////srv/a:b@c/mlflow.db",
+    ],
+)
+def test_an_address_that_holds_no_password_is_taken(uri: str) -> None:
+    tracking._check(uri)
+
+
+def test_a_full_disk_is_not_taken_for_a_model_that_is_gone() -> None:
+    with pytest.raises(UserError, match=r"^the rule gave: no such file: the cure$"):
+        with tracking.readable("the rule", "the cure"):
+            raise OSError("no such file\nat all")
+    with pytest.raises(OSError, match="No space"), tracking.readable("the rule", "the cure"):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_name_that_a_database_may_refuse_is_shortened(store: mlflow.MlflowClient) -> None:

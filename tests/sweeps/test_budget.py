@@ -63,11 +63,15 @@ def test_a_command_that_is_refused_takes_its_budget_back(tmp_path: Path) -> None
         ledger.end({"import": 3.0})
     with closing(_ledger(path, 3600.0, "b")) as ledger:
         ledger.refuse()
-    assert last_opening(path) == Opening("b", "run", ended=True)
+    assert last_opening(path) == Opening("a", "run", ended=True)
     # One that was interrupted is not done with: mended, it goes on with what it has.
     with closing(_ledger(path, 50.0, "c")) as ledger:
         assert (ledger.total, ledger.past) == (150.0, {"import": 3.0})
     with closing(_ledger(path, 50.0, "c")) as ledger:
+        ledger.refuse()
+    assert last_opening(path) == Opening("c", "run")
+    # Nor does another one that is refused hide it.
+    with closing(_ledger(path, 3600.0, "d")) as ledger:
         ledger.refuse()
     assert last_opening(path) == Opening("c", "run")
     with closing(_ledger(path, 50.0, "c")) as ledger:

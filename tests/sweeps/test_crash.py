@@ -115,7 +115,8 @@ def _check_the_end(typist: Typist) -> None:
     # What died with its nursery is tried once more.
     fresh = [t.params for t in study.trials if t.params and "retry_of" not in t.user_attrs]
     assert len({tuple(params.items()) for params in fresh}) == len(fresh)
-    again = [t.user_attrs["retry_of"] for t in study.trials if "retry_of" in t.user_attrs]
+    notes = [t.user_attrs for t in study.trials if "phase" in t.user_attrs]  # else it is none yet
+    again = [note["retry_of"] for note in notes if "retry_of" in note]
     assert len(set(again)) == len(again)
     assert all(study.trials[number].state == TrialState.FAIL for number in again)
     # The bill is that of the ledger: all drivers together, by cause.

@@ -1,6 +1,15 @@
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import optuna
 import pytest
 
+from pipeline import shared, tracking
+from pipeline.spec import Dataset
+from pipeline.train import Trained
+from sweeps import trial
+from sweeps.engine import Engine
 from sweeps.trial import Referee
 
 END = {
@@ -35,6 +44,33 @@ def _play(
         if referee(report, overdraft):
             break
     return referee
+
+
+@pytest.mark.parametrize(
+    ("where", "said"), [({"letters": {}}, "Worker 9000"), ({"root": "data"}, None)]
+)
+def test_a_trial_of_a_cluster_says_on_which_processor_it_ran(
+    where: dict[str, Any], said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text("model name : Worker 9000\n")
+    monkeypatch.setattr(tracking, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(shared, "fetch", lambda letters: None)
+    monkeypatch.setattr(Dataset, "open", lambda root: None)
+    monkeypatch.setattr(trial, "train", lambda *given: Trained(0.5, 1, True, "uri", {}, {}))
+    spec = {"tracking_uri": "sqlite://", "run_id": "", "experiment_id": "", "model": "toy"}
+    end = trial.body(spec | {"params": {}, "seed": 0} | where, lambda message: {})
+    assert end.get("cpu_model") == said
+    # Law: what is not known of where it ran leaves its run's tags as they are.
+    tags: dict[str, str] = {}
+    run: Any = SimpleNamespace(name=lambda text: None, close=lambda status: None)
+    run.write = lambda points, params, **named: tags.update(named["tags"])
+    study = optuna.create_study(direction="maximize")
+    study.add_trial(optuna.trial.create_trial(value=0.5))
+    driver: Any = SimpleNamespace(study=study, member=SimpleNamespace(PARAMS={}))
+    driver.task = SimpleNamespace(model="toy")
+    outcome = _play(5.0).outcome("run", END)
+    Engine._close(driver, run, outcome, [], {}, {"cpu_model": end.get("cpu_model")})
+    assert (tags.get("cpu_model"), tags["state"]) == (said, "complete")
 
 
 def test_a_fit_inside_its_grant_goes_on() -> None:
