@@ -239,7 +239,7 @@ class Run:
         if not mlflow.get_tracking_uri().startswith("http"):
             return 0  # no answer is lost where there is no server
         mine = f"source_run_id = '{self.id}'"
-        found = self.client.search_logged_models([self.experiment_id], mine)
+        found = _again(self.client.search_logged_models, [self.experiment_id], mine)
         half_made = [one for one in found if one.status != LoggedModelStatus.READY]
         for one in half_made:
             self.client.delete_logged_model(one.model_id)
@@ -292,7 +292,7 @@ class Run:
 
     def _outputs(self) -> list[str]:
         """Ids of the models that are this run's."""
-        outputs = self.client.get_run(self.id).outputs
+        outputs = _again(self.client.get_run, self.id).outputs
         return [one.model_id for one in outputs.model_outputs] if outputs else []
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -108,6 +109,31 @@ def test_half_an_answer_is_asked_for_again(
     history = store.get_metric_history(run.id, "val_accuracy")
     assert [point.step for point in history] == [1, 2]
     assert store.get_run(run.id).data.params["depth"] == "3"
+
+
+def test_half_an_answer_on_what_was_logged_is_asked_for_again(
+    store: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def break_off(name: str) -> Callable[..., Any]:
+        real = getattr(mlflow.MlflowClient, name)
+
+        def ask(*given: Any, **named: Any) -> Any:
+            asked.append(name)
+            if asked.count(name) == 1:
+                raise mlflow.MlflowException("API request failed with exception IncompleteRead(0)")
+            return real(*given, **named)
+
+        return ask
+
+    with tracking.start("train") as run:
+        monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "http://server")
+        for name in ("search_logged_models", "get_run"):
+            monkeypatch.setattr(mlflow.MlflowClient, name, break_off(name))
+        assert (run._drop_half_made(), run._outputs()) == (0, [])
+        assert asked == [*2 * ["search_logged_models"], *2 * ["get_run"]]
+        monkeypatch.undo()
 
 
 def test_an_experiment_gets_its_views_and_a_description_once(store: mlflow.MlflowClient) -> None:

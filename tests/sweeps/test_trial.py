@@ -2,6 +2,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mlflow
 import optuna
 import pytest
 
@@ -54,6 +55,9 @@ def test_a_trial_of_a_cluster_says_on_which_processor_it_ran(
 ) -> None:
     (tmp_path / "cpuinfo").write_text("model name : Worker 9000\n")
     monkeypatch.setattr(tracking, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(
+        mlflow, "set_tracking_uri", lambda uri: None
+    )  # a trial's own process has it
     monkeypatch.setattr(shared, "fetch", lambda letters: None)
     monkeypatch.setattr(Dataset, "open", lambda root: None)
     monkeypatch.setattr(trial, "train", lambda *given: Trained(0.5, 1, True, "uri", {}, {}))
