@@ -255,7 +255,9 @@ class Phases:
         plan = self._plan(screened, left)
         racing, confirming = self._begun("race"), self._begun("confirm")
         n_left = plan.n_racing + plan.n_confirming - len(racing) - len(confirming)
-        grant = max(left - max(0, n_left - 1) * plan.cpu_seconds, min(left, plan.cpu_seconds))
+        # What a racer that was stopped has left is for all: a winner that is longer than the rest
+        # of the budget pays for could not be confirmed.
+        grant = left / max(1, n_left)
         if len(racing) < plan.n_racing:
             return self._race(screened, grant) if n_left > 0 else None
         if any(trial.state == TrialState.RUNNING for trial in racing):

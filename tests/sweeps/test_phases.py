@@ -484,6 +484,25 @@ def test_what_stopped_racers_leave_is_spent(tmp_path: Path, total: float) -> Non
         assert len(driver.of("race")) > planned["n_racing"] or planned["n_racing"] == 1
 
 
+def test_the_last_racer_leaves_enough_to_be_confirmed(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, 1200)
+
+    def all_but_the_last_are_stopped(proposal: Proposal) -> dict[str, Any]:
+        planned = driver.study.user_attrs.get("shares of 1200", {"n_racing": 0})
+        stopped = proposal.phase == "race" and len(driver.of("race")) < planned["n_racing"]
+        return {"state": "pruned", "value": False} if stopped else {}
+
+    driver.run(all_but_the_last_are_stopped)
+    assert len(driver.of("race")) > 1
+    winner = driver.phases.winner()
+    assert winner is not None
+    assert winner.number == driver.of("race")[-1].trial.number
+    assert [one.seed for one in driver.of("confirm")] == [1, 2]
+    assert len(driver.phases.confirmed()) == 3
+    # Law: what the others have left is its further seeds' too, so that these can be as long.
+    assert driver.of("race")[-1].grant <= min(one.grant for one in driver.of("confirm"))
+
+
 def test_what_has_no_time_for_some_steps_does_not_race(tmp_path: Path) -> None:
     driver = Driver(tmp_path, 400)
     proposal = driver.ask()
