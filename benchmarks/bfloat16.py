@@ -7,7 +7,6 @@ Accuracy is that on ``val`` of the network that would be logged, which answers i
 """
 
 import argparse
-import importlib
 import itertools
 import os
 from pathlib import Path
@@ -29,8 +28,7 @@ def fitted(model: str, chosen: str, seed: int, data: Dataset) -> dict[str, objec
     prior, epochs = FITS[model]
     params = member.PRIORS[prior] | {"epochs": epochs} | precision.params(chosen, member.PARAMS)
     values: list[float] = []
-    for name in member.PRELOAD:
-        importlib.import_module(name)
+    registry.preload(member)
     METER.restart()
     with METER.charge("fit"):
         train, val = data.part("train"), data.part("val")

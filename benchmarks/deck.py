@@ -8,7 +8,6 @@ letters that the tracking store knows, where ``compare`` or ``evaluate`` has loo
 """
 
 import argparse
-import importlib
 import os
 
 import numpy as np
@@ -25,8 +24,7 @@ def trained(model: str, data: Dataset) -> tuple[dict[str, float], float]:
     """Figures on test of a model with the deck's values, and CPU-seconds of its fit."""
     member = registry.load(models, model)
     params = {name: param.default for name, param in member.PARAMS.items()}
-    for name in member.PRELOAD:
-        importlib.import_module(name)
+    registry.preload(member)
     began = METER.seconds().get("fit", 0.0)
     with METER.charge("fit"):
         fitted = member.fit(

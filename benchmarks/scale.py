@@ -146,8 +146,7 @@ def step(name: str, root: str) -> dict[str, Any]:
     member = registry.load(models, model)
     defaults = {key: param.default for key, param in member.PARAMS.items()}
     data = Dataset.open(Path(root))
-    for module in member.PRELOAD:
-        __import__(module)
+    registry.preload(member)
     train, val = data.part("train"), data.part("val")
     began = time.process_time()
     told: dict[str, Any] = {}

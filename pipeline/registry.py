@@ -20,3 +20,9 @@ def load(package: ModuleType, name: str) -> ModuleType:
         known = ", ".join(names(package))
         raise UserError(f"{noun} must be one of {known}, but {name!r} came: pass -P {noun}=NAME")
     return importlib.import_module(f"{package.__name__}.{name}")
+
+
+def preload(member: ModuleType) -> None:
+    """Import what a model's fits need (``PRELOAD``), so that it is no part of a fit."""
+    for name in getattr(member, "PRELOAD", ()):
+        importlib.import_module(name)

@@ -3,7 +3,6 @@
 mlflow run . -e train -P model=cnn -P learning_rate=0.002
 """
 
-import importlib
 import resource
 import sys
 import time
@@ -54,8 +53,7 @@ def train(
         example = one_of_each(train_part)
     member = registry.load(models, model)
     with charge("import"):  # in a sweep that is done
-        for name in getattr(member, "PRELOAD", ()):
-            importlib.import_module(name)
+        registry.preload(member)
     with charge("fit"):
         fitted = member.fit(params, train_part, val, seed, note)
     if not curve:

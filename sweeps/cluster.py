@@ -178,7 +178,7 @@ class Cluster:
         """Who came and who went; a worker that comes is asked for its versions first."""
         if time.monotonic() - self.looked > LOOK_SECONDS:
             self.looked = time.monotonic()
-            if self.client.scheduler is None:  # which it was sought for ten seconds
+            if self.client.scheduler is None:  # after ten seconds in which the client sought it
                 raise ConnectionError("the Dask scheduler is gone")
             # ``scheduler_info`` gives what the client keeps, which names no worker now and then.
             ask_scheduler = self.client.scheduler.identity

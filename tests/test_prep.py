@@ -317,19 +317,16 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(
         prep.prepare(**data_options | {"archive": str(archive), "data_dir": tmp_path / "file/data"})
 
 
-def test_a_folder_that_may_not_be_read_is_a_sentence(
-    archive: Path, data_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_may_not_be_read_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, pattern: str) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")  # root may read anything
 
-    options = data_options | {"archive": str(archive), "data_dir": "there"}
     monkeypatch.setattr(Path, "glob", refuse)
     rule = "data_dir must be a folder that may be read, but 'there' answered 'Permission denied'"
     with pytest.raises(UserError, match=rule):
         prep._prepared(Path("there"), "*")
     with pytest.raises(UserError, match=rule):
-        prep.find(str(options["data_dir"]), "0123456789ab")
+        prep.find("there", "0123456789ab")
 
 
 def test_find_names_the_cure(tmp_path: Path) -> None:

@@ -68,8 +68,8 @@ def pixel(value: Any) -> dict[str, Any]:
     return {"inputs": [letter]}
 
 
-# What is wrong: the request, the status, and words of the sentence that answers it.
 NESTED = functools.reduce(lambda inner, _: [inner], range(40), 0)
+# What is wrong: the request, the status, and words of the sentence that answers it.
 BAD: dict[str, tuple[Any, int, str]] = {
     "27 rows": ({"inputs": [LETTER[:27]]}, 400, "(1, 27, 28) came"),
     "flat": ({"inputs": [[0] * 784]}, 400, "(1, 784) came"),
